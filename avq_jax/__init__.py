@@ -1,0 +1,1 @@
+"""Anisotropic vector quantization and maximum inner product search in JAX."""

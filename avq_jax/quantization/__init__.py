@@ -1,0 +1,1 @@
+"""Section 4 of the paper: codebooks learned under the score-aware loss."""

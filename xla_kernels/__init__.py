@@ -1,0 +1,1 @@
+"""Kernels for asymmetric distance computation; imports jax and numpy only."""
