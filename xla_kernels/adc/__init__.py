@@ -1,0 +1,1 @@
+"""Asymmetric distance computation: sums of table entries picked by codes."""

@@ -1,0 +1,1 @@
+"""Inner products with stored rows, and the best of them."""

@@ -1,0 +1,23 @@
+"""Device-varying types inside `jax.shard_map`: constants and kernel results must carry them."""
+
+import jax
+from jax import lax
+
+
+def varying_axes(*arrays: jax.Array | None) -> frozenset:
+    """Mesh axes over which any of the arrays varies; empty outside `jax.shard_map`."""
+    axes: frozenset = frozenset()
+    for array in arrays:
+        if array is not None:
+            axes |= getattr(jax.typeof(array), "vma", frozenset())
+    return axes
+
+
+def match_varying(array: jax.Array, axes: frozenset) -> jax.Array:
+    """Mark an array as varying over at least these mesh axes."""
+    missing = tuple(axes - varying_axes(array))
+    if not missing:
+        return array
+    if hasattr(lax, "pcast"):
+        return lax.pcast(array, missing, to="varying")
+    return getattr(lax, "pvary")(array, missing)  # noqa: B009  (its name before jax 0.9)
