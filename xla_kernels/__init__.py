@@ -3,6 +3,7 @@
 from .adc.api import adc_scores as adc_scores
 from .adc.api import adc_top_k as adc_top_k
 from .implementations import available_implementations as available_implementations
+from .implementations import export_checks as export_checks
 from .layout import PackedCodes as PackedCodes
 from .layout import pack_codes as pack_codes
 from .layout import unpack_codes as unpack_codes

@@ -1,8 +1,11 @@
 """Which implementations run on this machine, and the choice among them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
+from jax import lax
 
 from . import library
 
@@ -52,3 +55,25 @@ def resolve(implementation: str | None) -> str:
     if implementation == "cpu" and library.load().handle is None:
         raise ValueError(f"implementation='cpu' cannot run: {library.load().reason}")
     return implementation
+
+
+def choose(name: str, compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any) -> Any:
+    """Run the implementation `resolve` named; ``"auto"`` leaves the choice to the lowering."""
+    if name == "auto":
+        # Also right where jax.export lowers one trace for several platforms.
+        return lax.platform_dependent(*args, cpu=compiled, default=plain)
+    return compiled(*args) if name == "cpu" else plain(*args)
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """List the checks to disable for `jax.export` of programs with compiled kernels.
+
+    An exported program with kernels runs only where this package has registered them: import
+    `xla_kernels` and call `available_implementations` before it is loaded. Without them
+    (``implementation="xla"``) a program needs nothing.
+
+    Example:
+      >>> len(export_checks()) == len(library.TARGETS)
+      True
+    """
+    return [jax.export.DisabledSafetyCheck.custom_call(name) for name in library.TARGETS]

@@ -113,6 +113,12 @@ def unpack_codes(packed: PackedCodes) -> jax.Array:
     return _unpack(packed.data, packed.num_rows, packed.num_subspaces, packed.layout)
 
 
+def repack_codes(packed: PackedCodes, layout: str) -> PackedCodes:
+    """Move packed codes to another layout."""
+    codes = unpack_codes(packed)
+    return pack_codes(codes, num_codewords=packed.num_codewords, layout=layout)
+
+
 def code_columns(codes: jax.Array | PackedCodes) -> jax.Array:
     """Give ``uint8[m, n]`` codes, the points last, of canonical or packed ones."""
     if isinstance(codes, PackedCodes):

@@ -1,5 +1,7 @@
 """Device-varying types inside `jax.shard_map`: constants and kernel results must carry them."""
 
+from typing import Any
+
 import jax
 from jax import lax
 
@@ -21,3 +23,15 @@ def match_varying(array: jax.Array, axes: frozenset) -> jax.Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(array, missing, to="varying")
     return getattr(lax, "pvary")(array, missing)  # noqa: B009  (its name before jax 0.9)
+
+
+def ffi_call(target: str, out: Any, *args: jax.Array, **attributes: Any) -> Any:
+    """`jax.ffi.ffi_call` whose results vary over the mesh axes that any argument varies over.
+
+    XLA knows nothing of what a foreign function does: without the cast a wrong, replicated
+    ``out_specs`` would be accepted. Inputs are row-major, whatever layout XLA prefers for them.
+    """
+    axes = varying_axes(*args)
+    cast = [match_varying(x, axes) for x in args]
+    results = jax.ffi.ffi_call(target, out)(*cast, **attributes)
+    return jax.tree.map(lambda x: match_varying(x, axes), results)

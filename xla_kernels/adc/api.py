@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from .. import implementations
 from ..layout import PackedCodes, code_columns, code_rows
-from . import reference, xla
+from . import cpu, reference, xla
 
 
 class _Options(NamedTuple):
@@ -164,9 +164,12 @@ def _scores(
     gain: jax.Array | None,
     offset: jax.Array | None,
 ) -> jax.Array:
-    if options.implementation == "reference":
-        return reference.adc_scores(tables, code_columns(codes), gain, offset)
-    return xla.adc_scores(tables, code_columns(codes), gain, offset)
+    def plain(tables: Any, codes: Any, *rest: Any) -> jax.Array:
+        form = reference if options.implementation == "reference" else xla
+        return form.adc_scores(tables, code_columns(codes), *rest)
+
+    args = (tables, codes, gain, offset)
+    return implementations.choose(options.implementation, cpu.adc_scores, plain, *args)
 
 
 @_scores.defjvp
@@ -193,8 +196,15 @@ def _top_k(
     offset: jax.Array | None,
     valid: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    form = reference if options.implementation == "reference" else xla
-    return form.adc_top_k(tables, code_columns(codes), gain, offset, valid, k=options.k)
+    def compiled(*args: Any) -> tuple[jax.Array, jax.Array]:
+        return cpu.adc_top_k(*args, k=options.k, exact=options.recall_target == 1.0)
+
+    def plain(tables: Any, codes: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
+        form = reference if options.implementation == "reference" else xla
+        return form.adc_top_k(tables, code_columns(codes), *rest, k=options.k)
+
+    args = (tables, codes, gain, offset, valid)
+    return implementations.choose(options.implementation, compiled, plain, *args)
 
 
 @_top_k.defjvp

@@ -41,8 +41,8 @@ def select(scores: jax.Array, usable: jax.Array, k: int) -> tuple[jax.Array, jax
     """
     n = scores.shape[1]
     scores = jnp.where(usable & ~jnp.isnan(scores), scores, -jnp.inf)
-    # top_k orders -0. below 0., which are equal scores: adding 0. leaves only 0.
-    best, ids = lax.top_k(scores + 0.0, min(k, n))
+    # top_k orders -0. below 0., which are equal scores.
+    best, ids = lax.top_k(jnp.where(scores == 0, 0.0, scores), min(k, n))
     ids = jnp.where(best == -jnp.inf, -1, ids.astype(jnp.int32))
     missing = ((0, 0), (0, k - min(k, n)))
     return (

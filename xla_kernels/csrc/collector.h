@@ -1,0 +1,86 @@
+// The rows that may still be among the k best of one query.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+namespace xla_kernels {
+
+// Order-preserving map of floats to integers; NaN must be kept out.
+inline int32_t ordered(float x) {
+  union {
+    float f;
+    int32_t i;
+  } u;
+  u.f = x;
+  return u.i ^ ((u.i >> 31) & 0x7fffffff);
+}
+inline float from_ordered(int32_t i) {
+  union {
+    float f;
+    int32_t i;
+  } u;
+  u.i = i ^ ((i >> 31) & 0x7fffffff);
+  return u.f;
+}
+
+// Counts keys >= pivot; supplied by the instruction set in use.
+using CountAtLeast = int64_t (*)(const int32_t* keys, int64_t size, int32_t pivot);
+
+int64_t count_at_least(const int32_t* keys, int64_t size, int32_t pivot);
+
+// Largest t such that at least k of the keys are >= t, by bisection on the key range (1 <= k <= size).
+int32_t kth_largest(const int32_t* keys, int64_t size, int64_t k, CountAtLeast count);
+
+// Scores a row exactly; used when the bounds alone cannot tell rows apart (ties, duplicates).
+struct ExactScorer {
+  virtual ~ExactScorer() = default;
+  virtual float score(int32_t row) const = 0;
+};
+
+// A fixed buffer of candidate rows with a lower and an upper bound of each score as integer keys.
+// Without gains a key is the sum of the rounded entries and high = low + width; with gains both are
+// float bounds mapped by ordered(). A row whose high is below the k-th largest low cannot be among
+// the k best. When the buffer is full, shrink() drops such rows and raises the threshold.
+class Collector {
+ public:
+  // capacity is the buffer a query of k results needs for num_rows rows.
+  static int64_t capacity_for(int64_t k, int64_t num_rows);
+
+  void start(int64_t k, int64_t capacity, bool affine, int32_t width, float base, float delta,
+             const ExactScorer* scorer, CountAtLeast count);
+
+  // Scans append at size, up to 64 rows between two calls of make_room().
+  void make_room() {
+    if (size > limit) shrink();
+  }
+  void shrink();
+
+  // Rows with key > threshold (without gains), or not(high < float_threshold), may matter.
+  int32_t threshold = INT32_MIN;
+  float float_threshold = 0;
+  int64_t size = 0;
+  int64_t limit = 0;
+  int32_t* low = nullptr;
+  int32_t* high = nullptr;  // with gains only
+  int32_t* rows = nullptr;
+  int32_t width = 0;
+  bool affine = false;
+  // Rows are appended in ascending order, so that among equals the ones already held win. A scan of
+  // ranges in another order clears this after start().
+  bool ascending = true;
+  int64_t k = 0;
+
+ private:
+  void shrink_exactly();
+  void raise(int32_t kth);
+
+  float base_ = 0, delta_ = 1;
+  const ExactScorer* scorer_ = nullptr;
+  CountAtLeast count_ = nullptr;
+  int64_t capacity_ = 0;
+  std::unique_ptr<int32_t[]> storage_;
+  int64_t stored_ = 0;
+};
+
+}  // namespace xla_kernels

@@ -1,0 +1,85 @@
+// Scans of block ranges, one set of functions for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "codes.h"
+#include "collector.h"
+
+namespace xla_kernels {
+
+// One query of a scan. Everything is caller-owned; a scan only appends to the collector.
+struct ScanQuery {
+  const void* table = nullptr;       // expanded for the instruction set (Kernels::expand)
+  Collector* collector = nullptr;
+  const uint8_t* valid = nullptr;    // one byte a row, or null
+  // Added to every key: the rounded term of a tree leaf, in units of delta.
+  int32_t shift = 0;
+  // With gains: score = gain * (centre + delta * q +- error) + offset.
+  float centre = 0, delta = 1, error = 0;
+};
+
+struct RowTerms {
+  const float* gain = nullptr;
+  const float* offset = nullptr;
+};
+
+// Appends to every query's collector the rows of blocks [begin, end) that pass its threshold.
+using Scan = void (*)(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
+                      int64_t stride,  // table_stride() of the tables
+                      const ScanQuery* queries, int64_t num_queries);
+
+struct Kernels {
+  const char* name;
+  // Bytes of an expanded table, and the expansion of a rounded one (64-byte aligned output).
+  int64_t (*expanded_bytes)(Layout layout, int64_t groups, int64_t stride);
+  void (*expand)(const uint8_t* rounded, Layout layout, int64_t groups, int64_t stride, void* out);
+  Scan scan;
+  CountAtLeast count;
+  // Exact float scores of blocks [begin, end) of one query into out[row]; null: one row at a time.
+  void (*exact_scores)(const float* padded_table, const Codes& codes, int64_t begin, int64_t end,
+                       float* out);
+};
+
+// The functions of a level, or null where this build or processor lacks it.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512bw_kernels();
+const Kernels* avx512vbmi_kernels();
+const Kernels* neon_kernels();
+
+// The functions in use, chosen once from the processor and XLA_KERNELS_SIMD.
+const Kernels* kernels();
+const char* level_reason(const char* name);  // empty, or why a level cannot run
+bool set_level(const char* name);
+
+// Appends rows of one block given its sums; the common slow path of the scans that have no faster.
+inline void append_block(const int32_t* sums, int64_t count, const Codes& codes,
+                         const RowTerms& terms, int64_t first_row, const ScanQuery& query) {
+  Collector& out = *query.collector;
+  const int64_t left = codes.num_rows - first_row;
+  if (count > left) count = left;
+  for (int64_t v = 0; v < count; ++v) {
+    const int64_t row = first_row + v;
+    if (query.valid != nullptr && query.valid[row] == 0) continue;
+    const int32_t key = sums[v] + query.shift;
+    if (!out.affine) {
+      if (key <= out.threshold) continue;
+      out.low[out.size] = key;
+    } else {
+      const float gain = terms.gain != nullptr ? terms.gain[row] : 1.0f;
+      const float offset = terms.offset != nullptr ? terms.offset[row] : 0.0f;
+      const float middle = gain * (query.centre + query.delta * static_cast<float>(key)) + offset;
+      const float slack = (gain < 0 ? -gain : gain) * query.error +
+                          4e-7f * (offset < 0 ? -offset : offset);
+      const float above = middle + slack, below = middle - slack;
+      if (above < out.float_threshold) continue;  // false for NaN: the exact score decides
+      out.low[out.size] = below == below ? ordered(below) : INT32_MIN;
+      out.high[out.size] = above == above ? ordered(above) : INT32_MAX;
+    }
+    out.rows[out.size++] = static_cast<int32_t>(row);
+  }
+  out.make_room();
+}
+
+}  // namespace xla_kernels

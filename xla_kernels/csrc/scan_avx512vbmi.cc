@@ -1,0 +1,325 @@
+// Scans for AVX-512 with VBMI and VNNI (Ice Lake, Zen 4 and later).
+//
+// kDwords: vpermb looks up 64 bytes in a 64-entry table, here the four 16-entry tables of a group:
+// the index is the code plus 16 times its place in the group. vpdpbusd by ones then adds the four
+// entries of a point into the point's own 32-bit lane, so nothing saturates or crosses lanes.
+// kBytes: one vpermb (64 entries), one vpermi2b (128) or two and a blend (256) a subspace.
+#include "scan.h"
+
+#if defined(__x86_64__) && !defined(XLA_KERNELS_NO_SIMD)
+#include <immintrin.h>
+
+#include "target.h"
+
+namespace xla_kernels {
+namespace {
+
+int64_t expanded_bytes(Layout layout, int64_t groups, int64_t stride) {
+  if (layout == Layout::kDwords) return groups * 64;
+  if (layout == Layout::kBytes) return groups * stride;
+  return portable_kernels()->expanded_bytes(layout, groups, stride);
+}
+
+void expand(const uint8_t* rounded, Layout layout, int64_t groups, int64_t stride, void* out) {
+  if (layout == Layout::kLanes) return portable_kernels()->expand(rounded, layout, groups, stride, out);
+  auto* to = static_cast<uint8_t*>(out);
+  const int64_t bytes = expanded_bytes(layout, groups, stride);
+  for (int64_t i = 0; i < bytes; ++i) to[i] = rounded[i];
+}
+
+TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,bmi2,popcnt")
+
+inline __mmask16 valid_mask(const ScanQuery& query, int64_t row, int64_t num_rows) {
+  const int64_t left = num_rows - row;
+  if (left <= 0) return 0;
+  const auto tail = static_cast<__mmask16>(left >= 16 ? 0xffffu : (1u << left) - 1u);
+  if (query.valid == nullptr) return tail;
+  const __m128i bytes = _mm_maskz_loadu_epi8(tail, query.valid + row);
+  return _mm_test_epi8_mask(bytes, bytes);
+}
+
+inline void store_rows(Collector& out, __mmask16 mask, int64_t row) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(row)), lanes);
+  _mm512_storeu_si512(out.rows + out.size, _mm512_maskz_compress_epi32(mask, ids));
+}
+
+// Appends the lanes of mask. A whole vector is stored: make_room() leaves space for it.
+__attribute__((noinline)) void append(const ScanQuery& query, __m512i keys, __mmask16 mask,
+                                      int64_t row, int64_t num_rows) {
+  mask &= valid_mask(query, row, num_rows);
+  if (mask == 0) return;
+  Collector& out = *query.collector;
+  _mm512_storeu_si512(out.low + out.size, _mm512_maskz_compress_epi32(mask, keys));
+  store_rows(out, mask, row);
+  out.size += _mm_popcnt_u32(mask);
+  out.make_room();
+}
+
+inline __m512i ordered16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i flip = _mm512_and_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(0x7fffffff));
+  return _mm512_xor_si512(bits, flip);
+}
+
+// With gains: bounds of 16 float scores; see append_block for the formula.
+inline void append_affine(const ScanQuery& query, __m512i keys, const RowTerms& terms, int64_t row,
+                          int64_t num_rows) {
+  Collector& out = *query.collector;
+  const int64_t left = num_rows - row;
+  if (left <= 0) return;
+  const auto tail = static_cast<__mmask16>(left >= 16 ? 0xffffu : (1u << left) - 1u);
+  const __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(query.delta), _mm512_cvtepi32_ps(keys),
+                                     _mm512_set1_ps(query.centre));
+  const __m512 gain = terms.gain != nullptr ? _mm512_maskz_loadu_ps(tail, terms.gain + row)
+                                            : _mm512_set1_ps(1.0f);
+  const __m512 offset =
+      terms.offset != nullptr ? _mm512_maskz_loadu_ps(tail, terms.offset + row) : _mm512_setzero_ps();
+  const __m512 middle = _mm512_fmadd_ps(gain, sum, offset);
+  const __m512 slack =
+      _mm512_fmadd_ps(_mm512_abs_ps(gain), _mm512_set1_ps(query.error),
+                      _mm512_mul_ps(_mm512_abs_ps(offset), _mm512_set1_ps(4e-7f)));
+  const __m512 above = _mm512_add_ps(middle, slack), below = _mm512_sub_ps(middle, slack);
+  // Not less than: NaN passes, its exact score decides.
+  __mmask16 mask = _mm512_mask_cmp_ps_mask(tail, above, _mm512_set1_ps(out.float_threshold),
+                                           _CMP_NLT_UQ);
+  if (mask == 0) return;
+  mask &= valid_mask(query, row, num_rows);
+  if (mask == 0) return;
+  const __mmask16 below_nan = _mm512_cmp_ps_mask(below, below, _CMP_UNORD_Q);
+  const __mmask16 above_nan = _mm512_cmp_ps_mask(above, above, _CMP_UNORD_Q);
+  const __m512i low = _mm512_mask_mov_epi32(ordered16(below), below_nan, _mm512_set1_epi32(INT32_MIN));
+  const __m512i high = _mm512_mask_mov_epi32(ordered16(above), above_nan, _mm512_set1_epi32(INT32_MAX));
+  _mm512_storeu_si512(out.low + out.size, _mm512_maskz_compress_epi32(mask, low));
+  _mm512_storeu_si512(out.high + out.size, _mm512_maskz_compress_epi32(mask, high));
+  store_rows(out, mask, row);
+  out.size += _mm_popcnt_u32(mask);
+  out.make_room();
+}
+
+template <bool kAffine>
+inline void collect(const ScanQuery& query, __m512i keys, const RowTerms& terms, int64_t row,
+                    int64_t num_rows) {
+  if (kAffine) {
+    append_affine(query, keys, terms, row, num_rows);
+    return;
+  }
+  const __m512i bar = _mm512_set1_epi32(query.collector->threshold);
+  const __mmask16 mask = _mm512_cmpgt_epi32_mask(keys, bar);
+  if (__builtin_expect(mask != 0, 0)) append(query, keys, mask, row, num_rows);
+}
+
+// kQueries queries share the indices of kBlocks blocks, which never leave the registers.
+template <int kQueries, int kBlocks, bool kAffine>
+inline void scan_dwords(const Codes& codes, const RowTerms& terms, int64_t i,
+                        const ScanQuery* queries) {
+  const __m512i nibble = _mm512_set1_epi8(0x0f);
+  const __m512i place = _mm512_set1_epi32(0x30201000);  // 16 times the place in the group
+  const __m512i ones = _mm512_set1_epi8(1);
+  const int64_t groups = codes.groups;
+  const uint8_t* block[kBlocks];
+  for (int b = 0; b < kBlocks; ++b) block[b] = codes.block(i + b);
+  __m512i sums[kQueries][2 * kBlocks];
+  const uint8_t* table[kQueries];
+  for (int q = 0; q < kQueries; ++q) {
+    table[q] = static_cast<const uint8_t*>(queries[q].table);
+    for (int b = 0; b < 2 * kBlocks; ++b) sums[q][b] = _mm512_set1_epi32(queries[q].shift);
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512i index[2 * kBlocks];
+    for (int b = 0; b < kBlocks; ++b) {
+      const __m512i bytes = _mm512_loadu_si512(block[b] + 64 * g);
+      // (bytes & nibble) | place in one instruction
+      index[2 * b] = _mm512_ternarylogic_epi32(bytes, nibble, place, 0xea);
+      index[2 * b + 1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), nibble, place, 0xea);
+    }
+    for (int q = 0; q < kQueries; ++q) {
+      const __m512i entries = _mm512_load_si512(table[q] + 64 * g);
+      for (int b = 0; b < 2 * kBlocks; ++b) {
+        const __m512i found = _mm512_permutexvar_epi8(index[b], entries);
+        sums[q][b] = _mm512_dpbusd_epi32(sums[q][b], found, ones);
+      }
+    }
+  }
+  for (int q = 0; q < kQueries; ++q) {
+    if (!kAffine) {
+      // One test for all blocks: most hold no row that matters.
+      const __m512i bar = _mm512_set1_epi32(queries[q].collector->threshold);
+      __m512i most = sums[q][0];
+      for (int b = 1; b < 2 * kBlocks; ++b) most = _mm512_max_epi32(most, sums[q][b]);
+      if (__builtin_expect(_mm512_cmpgt_epi32_mask(most, bar) == 0, 1)) continue;
+    }
+    for (int b = 0; b < 2 * kBlocks; ++b) {
+      collect<kAffine>(queries[q], sums[q][b], terms, i * 32 + 16 * b, codes.num_rows);
+    }
+  }
+}
+
+template <int kQueries, int kBlocks, bool kAffine>
+void range_dwords(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
+                  const ScanQuery* queries) {
+  int64_t i = begin;
+  for (; i + kBlocks <= end; i += kBlocks) {
+    scan_dwords<kQueries, kBlocks, kAffine>(codes, terms, i, queries);
+  }
+  for (; i < end; ++i) scan_dwords<kQueries, 1, kAffine>(codes, terms, i, queries);
+}
+
+template <int kStride>
+inline __m512i look_up(const uint8_t* entries, __m512i index) {
+  if (kStride == 64) return _mm512_permutexvar_epi8(index, _mm512_load_si512(entries));
+  const __m512i low =
+      _mm512_permutex2var_epi8(_mm512_load_si512(entries), index, _mm512_load_si512(entries + 64));
+  if (kStride == 128) return low;
+  const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(entries + 128), index,
+                                                _mm512_load_si512(entries + 192));
+  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
+}
+
+// Pairs of 7-bit entries are added as bytes, then as 16-bit sums of the even and odd points; 128
+// pairs (256 subspaces) fill 16 bits, which is when a part ends.
+template <int kQueries, int kStride, bool kAffine>
+void scan_bytes(const Codes& codes, const RowTerms& terms, int64_t i, const ScanQuery* queries) {
+  __m512i keys[kQueries][4];
+  for (int q = 0; q < kQueries; ++q) {
+    for (int j = 0; j < 4; ++j) keys[q][j] = _mm512_set1_epi32(queries[q].shift);
+  }
+  const uint8_t* block = codes.block(i);
+  for (int64_t part = 0; part < codes.groups; part += 256) {
+    const int64_t stop = part + 256 < codes.groups ? part + 256 : codes.groups;
+    __m512i even[kQueries], odd[kQueries];
+    for (int q = 0; q < kQueries; ++q) even[q] = odd[q] = _mm512_setzero_si512();
+    for (int64_t s = part; s < stop; s += 2) {
+      const __m512i first = _mm512_loadu_si512(block + 64 * s);
+      const bool pair = s + 1 < stop;
+      const __m512i second = pair ? _mm512_loadu_si512(block + 64 * (s + 1)) : first;
+      for (int q = 0; q < kQueries; ++q) {
+        const uint8_t* entries = static_cast<const uint8_t*>(queries[q].table) + kStride * s;
+        __m512i found = look_up<kStride>(entries, first);
+        if (pair) found = _mm512_add_epi8(found, look_up<kStride>(entries + kStride, second));
+        even[q] = _mm512_add_epi16(even[q], found);  // the odd points overflow out of the top
+        odd[q] = _mm512_add_epi16(odd[q], _mm512_srli_epi16(found, 8));
+      }
+    }
+    for (int q = 0; q < kQueries; ++q) {
+      even[q] = _mm512_sub_epi16(even[q], _mm512_slli_epi16(odd[q], 8));
+      // Interleaving within 128-bit lanes gives points 16 l + 0..7 and 16 l + 8..15 of lane l.
+      const __m512i a = _mm512_unpacklo_epi16(even[q], odd[q]);
+      const __m512i b = _mm512_unpackhi_epi16(even[q], odd[q]);
+      const __m512i front = _mm512_permutex2var_epi64(
+          a, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), b);
+      const __m512i back = _mm512_permutex2var_epi64(
+          a, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), b);
+      const __m512i halves[2] = {front, back};
+      for (int h = 0; h < 2; ++h) {
+        const __m512i x = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves[h]));
+        const __m512i y = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves[h], 1));
+        keys[q][2 * h] = _mm512_add_epi32(keys[q][2 * h], x);
+        keys[q][2 * h + 1] = _mm512_add_epi32(keys[q][2 * h + 1], y);
+      }
+    }
+  }
+  for (int q = 0; q < kQueries; ++q) {
+    for (int j = 0; j < 4; ++j) {
+      collect<kAffine>(queries[q], keys[q][j], terms, i * 64 + 16 * j, codes.num_rows);
+    }
+  }
+}
+
+template <int kQueries, bool kAffine>
+void scan_range(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
+                int64_t stride, const ScanQuery* queries) {
+  if (codes.layout == Layout::kDwords) {
+    range_dwords<kQueries, (kQueries == 1 ? 2 : 1), kAffine>(codes, terms, begin, end, queries);
+    return;
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    if (stride == 64) {
+      scan_bytes<kQueries, 64, kAffine>(codes, terms, i, queries);
+    } else if (stride == 128) {
+      scan_bytes<kQueries, 128, kAffine>(codes, terms, i, queries);
+    } else {
+      scan_bytes<kQueries, 256, kAffine>(codes, terms, i, queries);
+    }
+  }
+}
+
+template <bool kAffine>
+void scan_all(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end, int64_t stride,
+              const ScanQuery* queries, int64_t num_queries) {
+  // Eight queries share a piece of the codes that stays in the second-level cache.
+  const int64_t piece = 1 + (256 << 10) / (codes.groups * 64 + 1);
+  for (int64_t from = begin; from < end; from += piece) {
+    const int64_t to = from + piece < end ? from + piece : end;
+    int64_t q = 0;
+    for (; q + 8 <= num_queries; q += 8) scan_range<8, kAffine>(codes, terms, from, to, stride, queries + q);
+    for (; q + 4 <= num_queries; q += 4) scan_range<4, kAffine>(codes, terms, from, to, stride, queries + q);
+    for (; q + 2 <= num_queries; q += 2) scan_range<2, kAffine>(codes, terms, from, to, stride, queries + q);
+    for (; q < num_queries; ++q) scan_range<1, kAffine>(codes, terms, from, to, stride, queries + q);
+  }
+}
+
+void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end, int64_t stride,
+          const ScanQuery* queries, int64_t num_queries) {
+  if (codes.layout == Layout::kLanes) {
+    portable_kernels()->scan(codes, terms, begin, end, stride, queries, num_queries);
+  } else if (terms.gain != nullptr || terms.offset != nullptr) {
+    scan_all<true>(codes, terms, begin, end, stride, queries, num_queries);
+  } else {
+    scan_all<false>(codes, terms, begin, end, stride, queries, num_queries);
+  }
+}
+
+int64_t count(const int32_t* keys, int64_t size, int32_t pivot) {
+  const __m512i bar = _mm512_set1_epi32(pivot);
+  int64_t total = 0, i = 0;
+  for (; i + 16 <= size; i += 16) {
+    total += _mm_popcnt_u32(_mm512_cmpge_epi32_mask(_mm512_loadu_si512(keys + i), bar));
+  }
+  const auto tail = static_cast<__mmask16>((1u << (size - i)) - 1u);
+  return total + _mm_popcnt_u32(_mm512_mask_cmpge_epi32_mask(
+                     tail, _mm512_maskz_loadu_epi32(tail, keys + i), bar));
+}
+
+// kDwords: the code of subspace c of a group, of point v, is bits 8 c .. 8 c + 3 of lane v, and
+// vpermps ignores all higher bits of its index: a shift and a look-up a subspace, summed in order.
+void exact_scores(const float* padded_table, const Codes& codes, int64_t begin, int64_t end,
+                  float* out) {
+  for (int64_t i = begin; i < end; ++i) {
+    const uint8_t* block = codes.block(i);
+    __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+    for (int64_t s = 0; s < codes.num_subspaces; ++s) {
+      const __m512i bytes = _mm512_loadu_si512(block + 64 * (s >> 2));
+      const __m512 entries = _mm512_loadu_ps(padded_table + 16 * s);
+      const __m512i at = _mm512_srl_epi32(bytes, _mm_cvtsi32_si128(static_cast<int>(8 * (s & 3))));
+      low = _mm512_add_ps(low, _mm512_permutexvar_ps(at, entries));
+      high = _mm512_add_ps(high, _mm512_permutexvar_ps(_mm512_srli_epi32(at, 4), entries));
+    }
+    _mm512_storeu_ps(out + 32 * (i - begin), low);
+    _mm512_storeu_ps(out + 32 * (i - begin) + 16, high);
+  }
+}
+
+TARGET_END
+
+const Kernels kKernels = {"avx512vbmi", expanded_bytes, expand, scan, count, exact_scores};
+
+}  // namespace
+
+const Kernels* avx512vbmi_kernels() {
+  const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+                    __builtin_cpu_supports("bmi2");
+  return runs ? &kKernels : nullptr;
+}
+
+}  // namespace xla_kernels
+
+#else
+
+namespace xla_kernels {
+const Kernels* avx512vbmi_kernels() { return nullptr; }
+}  // namespace xla_kernels
+
+#endif

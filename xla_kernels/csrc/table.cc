@@ -1,0 +1,77 @@
+#include "table.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace xla_kernels {
+
+int64_t table_stride(Layout layout, int64_t num_codewords) {
+  if (layout != Layout::kBytes) return 16;
+  return num_codewords <= 64 ? 64 : num_codewords <= 128 ? 128 : 256;
+}
+
+TableBounds round_table(const float* table, Layout layout, int64_t num_subspaces,
+                        int64_t num_codewords, uint8_t* out) {
+  TableBounds bounds;
+  const int64_t stride = table_stride(layout, num_codewords);
+  std::memset(out, 0, static_cast<size_t>(rounded_table_bytes(layout, num_subspaces, num_codewords)));
+
+  float poison = 0, range = 0, magnitude = 0;
+  double base = 0;
+  bool integers = true;
+  for (int64_t s = 0; s < num_subspaces; ++s) {
+    const float* entries = table + s * num_codewords;
+    float low = entries[0], high = entries[0];
+    int32_t fractional = 0;
+    for (int64_t j = 0; j < num_codewords; ++j) {
+      const float t = entries[j];
+      low = t < low ? t : low;
+      high = t > high ? t : high;
+      poison += t * 0.0f;
+      // Truncation is exact wherever it matters: larger entries fail the magnitude test below.
+      const float small = t < 1e9f && t > -1e9f ? t : 0.5f;
+      fractional |= static_cast<float>(static_cast<int32_t>(small)) != small;
+    }
+    integers &= fractional == 0;
+    range = high - low > range ? high - low : range;
+    magnitude += std::fabs(low) > std::fabs(high) ? std::fabs(low) : std::fabs(high);
+    base += low;
+  }
+  bounds.finite = poison == 0.0f;
+  bounds.bounded = bounds.finite && magnitude < 1e37f && range < 1e37f;
+  bounds.base = static_cast<float>(base);
+  if (!bounds.bounded) return bounds;
+
+  const int32_t top = table_max(layout);
+  // Small integers are their own rounding, and float sums of them are exact.
+  const bool exact = integers && range <= static_cast<float>(top) && magnitude < 16777216.0f;
+  bounds.delta = exact ? 1.0f : range / static_cast<float>(top);
+  // A constant table, or one of denormals: every sum rounds to 0.
+  if (!(bounds.delta > 1e-30f)) bounds.delta = 1.0f;
+  const float scale = 1.0f / bounds.delta;
+  float remainders = 0;
+  for (int64_t s = 0; s < num_subspaces; ++s) {
+    const float* entries = table + s * num_codewords;
+    float low = entries[0], worst = 0;
+    for (int64_t j = 1; j < num_codewords; ++j) low = entries[j] < low ? entries[j] : low;
+    uint8_t* to = out + s * stride;
+    for (int64_t j = 0; j < num_codewords; ++j) {
+      const float x = (entries[j] - low) * scale;
+      int32_t q = static_cast<int32_t>(x);
+      q = q < top ? q : top;
+      const float remainder = x - static_cast<float>(q);
+      worst = remainder > worst ? remainder : worst;
+      to[j] = static_cast<uint8_t>(q);
+    }
+    remainders += worst;
+  }
+  if (exact) return bounds;
+  // Error of a float32 sum of m terms (Higham 2002, eq. 4.4), of base, and of the scaling above.
+  const double m = static_cast<double>(num_subspaces);
+  const double sum_error = (m + 4) * 1.2e-7 * (static_cast<double>(magnitude) + std::fabs(base));
+  const double width = remainders * (1 + 1e-5) + m * 1e-4 + 2 * sum_error / bounds.delta + 1;
+  bounds.width = width < 1e9 ? static_cast<int32_t>(std::ceil(width)) : 1000000000;
+  return bounds;
+}
+
+}  // namespace xla_kernels

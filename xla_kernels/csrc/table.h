@@ -1,0 +1,56 @@
+// A query's lookup table, exact and rounded to bytes.
+#pragma once
+
+#include <cstdint>
+
+#include "codes.h"
+
+namespace xla_kernels {
+
+// Entries of a subspace are stored at a stride that the lookups address directly: 16 for kDwords
+// and kLanes; 64, 128 or 256 for kBytes.
+int64_t table_stride(Layout layout, int64_t num_codewords);
+
+// Largest rounded entry. kDwords sums into 32 bits and uses all 8 bits; the others add two entries
+// in a byte before they widen, so an entry has 7 bits and the pair cannot overflow.
+inline int32_t table_max(Layout layout) { return layout == Layout::kDwords ? 255 : 127; }
+
+// The float sum of a row, computed in float32 from subspace 0 upward, lies between
+// base + delta * q and base + delta * (q + width), where q is the sum of its rounded entries:
+// every entry is rounded down, and width counts the largest remainder of each subspace plus the
+// rounding of the float sum itself. A scan that keeps rows within width of the best misses none.
+struct TableBounds {
+  float base = 0;
+  float delta = 1;
+  int32_t width = 0;
+  // Finite: all entries are. Otherwise the query has no results.
+  bool finite = true;
+  // Bounded: sums of entries cannot overflow float32. Otherwise rows are scored exactly, one by one.
+  bool bounded = true;
+};
+
+// Rounds table (num_subspaces x num_codewords) to bytes at the layout's stride, padded with zeros to
+// groups_of(layout, num_subspaces) groups.
+TableBounds round_table(const float* table, Layout layout, int64_t num_subspaces,
+                        int64_t num_codewords, uint8_t* out);
+
+inline int64_t rounded_table_bytes(Layout layout, int64_t num_subspaces, int64_t num_codewords) {
+  const int64_t per_group = layout == Layout::kBytes ? 1 : 4;
+  return groups_of(layout, num_subspaces) * per_group * table_stride(layout, num_codewords);
+}
+
+// Score of one row, summed in float32 from subspace 0 upward as the reference does. Codes beyond
+// the table read its last entry: a corrupt code gives a wrong score but no wild read.
+inline float exact_score(const float* table, int64_t num_codewords, const Codes& codes,
+                         const float* gain, const float* offset, int64_t row) {
+  float sum = 0;
+  const uint32_t last = static_cast<uint32_t>(num_codewords - 1);
+  visit_row(codes, row, [&](int64_t s, uint32_t code) {
+    sum += table[s * num_codewords + (code < last ? code : last)];
+  });
+  if (gain != nullptr) sum *= gain[row];
+  if (offset != nullptr) sum += offset[row];
+  return sum + 0.0f;  // -0 becomes 0
+}
+
+}  // namespace xla_kernels

@@ -1,0 +1,289 @@
+#include "top_k.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "collector.h"
+#include "table.h"
+
+namespace xla_kernels {
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// Queries whose tables and collectors are alive at a time.
+constexpr int64_t kTile = 1024;
+// Rows below which a second thread does not pay.
+constexpr int64_t kRowsPerShard = 16384;
+
+struct AlignedBytes {
+  explicit AlignedBytes(int64_t bytes) : storage(new uint8_t[static_cast<size_t>(bytes) + 64]) {
+    data = storage.get() + (64 - reinterpret_cast<uintptr_t>(storage.get()) % 64) % 64;
+  }
+  std::unique_ptr<uint8_t[]> storage;
+  uint8_t* data;
+};
+
+struct Scorer final : ExactScorer {
+  const float* table = nullptr;
+  const TopKArguments* arguments = nullptr;
+  float score(int32_t row) const override {
+    return exact_score(table, arguments->num_codewords, arguments->codes, arguments->terms.gain,
+                       arguments->terms.offset, row);
+  }
+};
+
+void prefetch_row(const Codes& codes, int64_t row) {
+  const uint8_t* block = codes.block(row / codes.block_rows());
+  const int64_t within = row % codes.block_rows();
+  const int64_t at = codes.layout == Layout::kDwords ? 4 * (within & 15) : within;
+  for (int64_t g = 0; g < codes.groups; ++g) __builtin_prefetch(block + 64 * g + at);
+}
+
+// One tile of queries: tables, and a collector for each query and shard of the rows.
+class Tile {
+ public:
+  Tile(const TopKArguments& arguments, int64_t first, int64_t count, int64_t threads)
+      : a_(arguments),
+        kernels_(*kernels()),
+        first_(first),
+        count_(count),
+        stride_(table_stride(a_.codes.layout, a_.num_codewords)),
+        rounded_bytes_(rounded_table_bytes(a_.codes.layout, a_.codes.num_subspaces, a_.num_codewords)),
+        expanded_bytes_(
+            (kernels_.expanded_bytes(a_.codes.layout, a_.codes.groups, stride_) + 63) / 64 * 64),
+        expanded_(expanded_bytes_ * count),
+        bounds_(static_cast<size_t>(count)),
+        scorers_(static_cast<size_t>(count)),
+        live_() {
+    // Threads take queries where there are enough, else shards of the rows.
+    const int64_t by_queries = (count + 7) / 8;
+    const int64_t blocks = a_.codes.num_blocks();
+    if (threads > 1 && by_queries < threads) {
+      const int64_t most = std::max<int64_t>(1, a_.codes.num_rows / kRowsPerShard);
+      shards_ = std::min(most, 2 * threads);
+    }
+    blocks_per_shard_ = std::max<int64_t>(1, (blocks + shards_ - 1) / shards_);
+    const int64_t rows_per_shard =
+        std::min(blocks_per_shard_ * a_.codes.block_rows(), a_.codes.num_rows);
+    capacity_ = Collector::capacity_for(a_.k, rows_per_shard);
+    affine_ = a_.terms.gain != nullptr || a_.terms.offset != nullptr;
+  }
+
+  int64_t shards() const { return shards_; }
+  int64_t groups_of_queries() const { return static_cast<int64_t>(live_.size() + 7) / 8; }
+
+  void prepare() {
+    AlignedBytes rounded(rounded_bytes_);
+    for (int64_t q = 0; q < count_; ++q) {
+      const auto i = static_cast<size_t>(q);
+      const float* table = table_of(q);
+      bounds_[i] = round_table(table, a_.codes.layout, a_.codes.num_subspaces, a_.num_codewords,
+                               rounded.data);
+      scorers_[i].table = table;
+      scorers_[i].arguments = &a_;
+      if (!bounds_[i].finite || !bounds_[i].bounded) continue;
+      kernels_.expand(rounded.data, a_.codes.layout, a_.codes.groups, stride_,
+                      expanded_.data + q * expanded_bytes_);
+      live_.push_back(q);
+    }
+    collectors_.resize(live_.size() * static_cast<size_t>(shards_));
+  }
+
+  void scan(int64_t shard, int64_t from, int64_t to) {
+    std::vector<ScanQuery> queries(static_cast<size_t>(to - from));
+    for (int64_t j = from; j < to; ++j) {
+      const int64_t q = live_[static_cast<size_t>(j)];
+      const TableBounds& bounds = bounds_[static_cast<size_t>(q)];
+      Collector& collector = collectors_[static_cast<size_t>(j * shards_ + shard)];
+      ScanQuery& query = queries[static_cast<size_t>(j - from)];
+      const int32_t width = a_.exact ? bounds.width : 0;
+      collector.start(a_.k, capacity_, affine_, width, bounds.base, bounds.delta,
+                      &scorers_[static_cast<size_t>(q)], kernels_.count);
+      query.table = expanded_.data + q * expanded_bytes_;
+      query.collector = &collector;
+      query.valid = valid_of(q);
+      // The float score lies within half the width around the centre.
+      const float half = 0.5f * static_cast<float>(bounds.width);
+      query.centre = bounds.base + bounds.delta * half;
+      query.delta = bounds.delta;
+      const float rounding = 4e-7f * (std::fabs(bounds.base) + bounds.delta * 256.0f *
+                                      static_cast<float>(a_.codes.num_subspaces + 1));
+      query.error = bounds.width == 0 && !affine_ ? 0.0f
+                    : a_.exact ? bounds.delta * half * 1.000001f + rounding : 0.0f;
+    }
+    const int64_t begin = shard * blocks_per_shard_;
+    const int64_t end = std::min(begin + blocks_per_shard_, a_.codes.num_blocks());
+    if (begin < end) {
+      kernels_.scan(a_.codes, a_.terms, begin, end, stride_, queries.data(), to - from);
+    }
+  }
+
+  // Exact scores of the rows that any shard kept, and the k best of them.
+  void finish(int64_t j) {
+    const int64_t q = live_[static_cast<size_t>(j)];
+    Collector* parts = &collectors_[static_cast<size_t>(j * shards_)];
+    std::vector<int32_t> low;
+    std::vector<int32_t> rows;
+    std::vector<int64_t> high;
+    for (int64_t s = 0; s < shards_; ++s) {
+      const Collector& part = parts[s];
+      low.insert(low.end(), part.low, part.low + part.size);
+      rows.insert(rows.end(), part.rows, part.rows + part.size);
+      for (int64_t i = 0; i < part.size; ++i) {
+        high.push_back(affine_ ? part.high[i] : static_cast<int64_t>(part.low[i]) + part.width);
+      }
+    }
+    const auto size = static_cast<int64_t>(low.size());
+    const int64_t bar =
+        size > a_.k ? kth_largest(low.data(), size, a_.k, kernels_.count) : INT32_MIN;
+    size_t kept = 0;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      if (high[i] >= bar) rows[kept++] = rows[i];
+    }
+    rows.resize(kept);
+    write(q, rows);
+  }
+
+  // Queries that the scan leaves out: not finite, no results; unbounded, every row exactly.
+  void finish_others() {
+    std::vector<int32_t> rows;
+    for (int64_t q = 0; q < count_; ++q) {
+      const TableBounds& bounds = bounds_[static_cast<size_t>(q)];
+      if (bounds.finite && bounds.bounded) continue;
+      rows.clear();
+      if (bounds.finite) {
+        const uint8_t* valid = valid_of(q);
+        for (int64_t i = 0; i < a_.codes.num_rows; ++i) {
+          if (valid == nullptr || valid[i] != 0) rows.push_back(static_cast<int32_t>(i));
+        }
+      }
+      write(q, rows);
+    }
+  }
+
+  int64_t num_live() const { return static_cast<int64_t>(live_.size()); }
+
+ private:
+  const float* table_of(int64_t q) const {
+    return a_.tables + (first_ + q) * a_.codes.num_subspaces * a_.num_codewords;
+  }
+  const uint8_t* valid_of(int64_t q) const {
+    if (a_.valid_queries == 0) return nullptr;
+    return a_.valid + (a_.valid_queries == 1 ? 0 : (first_ + q) * a_.codes.num_rows);
+  }
+  void write(int64_t q, const std::vector<int32_t>& rows) {
+    constexpr size_t kAhead = 8;
+    std::vector<uint64_t> keys;
+    keys.reserve(rows.size());
+    for (size_t i = 0; i < std::min(kAhead, rows.size()); ++i) prefetch_row(a_.codes, rows[i]);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      if (i + kAhead < rows.size()) prefetch_row(a_.codes, rows[i + kAhead]);
+      const float score = scorers_[static_cast<size_t>(q)].score(rows[i]);
+      if (score > kMinusInfinity) keys.push_back(best_key(score, rows[i]));  // false for NaN
+    }
+    const int64_t at = (first_ + q) * a_.k;
+    write_best(keys.data(), static_cast<int64_t>(keys.size()), a_.k, a_.scores + at, a_.ids + at);
+  }
+
+  const TopKArguments& a_;
+  const Kernels& kernels_;
+  int64_t first_, count_, stride_, rounded_bytes_, expanded_bytes_;
+  AlignedBytes expanded_;
+  std::vector<TableBounds> bounds_;
+  std::vector<Scorer> scorers_;
+  std::vector<int64_t> live_;
+  std::vector<Collector> collectors_;
+  int64_t shards_ = 1, blocks_per_shard_ = 1, capacity_ = 0;
+  bool affine_ = false;
+};
+
+}  // namespace
+
+void write_best(uint64_t* keys, int64_t size, int64_t k, float* scores, int32_t* ids) {
+  const int64_t found = std::min(size, k);
+  if (size > k) std::nth_element(keys, keys + k, keys + size);
+  std::sort(keys, keys + found);
+  for (int64_t i = 0; i < found; ++i) {
+    const auto high = static_cast<uint32_t>(keys[i] >> 32) ^ 0x7fffffffu;
+    scores[i] = from_ordered(static_cast<int32_t>(high));
+    ids[i] = static_cast<int32_t>(keys[i] & 0xffffffffu);
+  }
+  for (int64_t i = found; i < k; ++i) {
+    scores[i] = kMinusInfinity;
+    ids[i] = -1;
+  }
+}
+
+void top_k(const TopKArguments& a, Pool& pool) {
+  const int64_t threads = a.num_queries * a.codes.num_rows >= 2 * kRowsPerShard
+                              ? usable_threads(pool) : 1;
+  for (int64_t first = 0; first < a.num_queries; first += kTile) {
+    const int64_t count = std::min(kTile, a.num_queries - first);
+    Tile tile(a, first, count, threads);
+    tile.prepare();
+    // A task is a share of the queries (whole groups of eight) and a shard of the rows.
+    const int64_t groups = tile.groups_of_queries();
+    const int64_t shares = threads == 1 ? std::min<int64_t>(groups, 1) : std::min(groups, 2 * threads);
+    parallel_for(pool, threads, shares * tile.shards(), [&](int64_t task) {
+      const int64_t share = task / tile.shards(), shard = task % tile.shards();
+      const int64_t from = groups * share / shares * 8;
+      const int64_t to = std::min(groups * (share + 1) / shares * 8, tile.num_live());
+      tile.scan(shard, from, to);
+    });
+    const int64_t live = tile.num_live(), pieces = std::min<int64_t>(live, 4 * threads);
+    parallel_for(pool, threads, pieces, [&](int64_t piece) {
+      for (int64_t j = live * piece / pieces; j < live * (piece + 1) / pieces; ++j) tile.finish(j);
+    });
+    tile.finish_others();
+  }
+}
+
+void all_scores(const ScoresArguments& a, Pool& pool) {
+  const Kernels& table = *kernels();
+  const bool vector = a.codes.layout == Layout::kDwords && table.exact_scores != nullptr;
+  const int64_t size = a.codes.block_rows(), blocks = a.codes.num_blocks();
+  const int64_t per_task = 256, tasks_per_query = (blocks + per_task - 1) / per_task;
+  const int64_t m = a.codes.num_subspaces, n = a.codes.num_rows;
+  // Tables padded to 16 entries, one query after another.
+  AlignedBytes padded(vector ? a.num_queries * m * 64 + 64 : 64);
+  auto* entries = reinterpret_cast<float*>(padded.data);
+  for (int64_t i = 0; vector && i < a.num_queries * m; ++i) {
+    for (int64_t j = 0; j < 16; ++j) {
+      entries[i * 16 + j] = a.tables[i * a.num_codewords + std::min(j, a.num_codewords - 1)];
+    }
+  }
+  const int64_t threads = a.num_queries * n >= 2 * kRowsPerShard ? usable_threads(pool) : 1;
+  parallel_for(pool, threads, a.num_queries * tasks_per_query, [&](int64_t task) {
+    const int64_t q = task / tasks_per_query;
+    const int64_t begin = task % tasks_per_query * per_task;
+    const int64_t end = std::min(begin + per_task, blocks);
+    float* out = a.scores + q * n;
+    const int64_t last = std::min(end * size, n);
+    if (vector) {
+      float sums[8 * 32];
+      for (int64_t i = begin; i < end; i += 8) {
+        const int64_t stop = std::min(i + 8, end);
+        table.exact_scores(entries + q * m * 16, a.codes, i, stop, sums);
+        const int64_t until = std::min(stop * 32, n);
+        for (int64_t row = i * 32; row < until; ++row) {
+          float score = sums[row - i * 32];
+          if (a.terms.gain != nullptr) score *= a.terms.gain[row];
+          if (a.terms.offset != nullptr) score += a.terms.offset[row];
+          out[row] = score;
+        }
+      }
+      return;
+    }
+    const float* own = a.tables + q * m * a.num_codewords;
+    for (int64_t row = begin * size; row < last; ++row) {
+      out[row] = exact_score(own, a.num_codewords, a.codes, a.terms.gain, a.terms.offset, row);
+    }
+  });
+}
+
+}  // namespace xla_kernels
