@@ -1,0 +1,151 @@
+// XLA FFI handler of the tree search. It checks every shape and the layout of the leaves, so that
+// no content of its operands can make it read outside them.
+#include "ffi_support.h"
+#include "tree_search.h"
+
+namespace xla_kernels {
+namespace {
+
+template <typename Buffer>
+ffi::Error check_shape(const Buffer& buffer, std::initializer_list<int64_t> shape, bool or_empty,
+                       const char* name) {
+  const auto dims = buffer.dimensions();
+  if (or_empty && buffer.element_count() == 0) return ffi::Error::Success();
+  bool same = dims.size() == shape.size();
+  size_t i = 0;
+  for (const int64_t size : shape) same = same && dims[i++] == size;
+  if (same) return ffi::Error::Success();
+  std::string wanted;
+  for (const int64_t size : shape) wanted += (wanted.empty() ? "[" : ", ") + std::to_string(size);
+  return ffi::Error::InvalidArgument(std::string(name) + " must have shape " + wanted + "], got " +
+                                     shape_of(buffer));
+}
+
+#define XLA_KERNELS_CHECK(call) \
+  if (auto error = (call); error.failure()) return error
+
+ffi::Error TreeSearch(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries,
+                      ffi::Buffer<ffi::F32> centroids, ffi::Buffer<ffi::S16> tiles,
+                      ffi::Buffer<ffi::F32> centroid_scale, ffi::Buffer<ffi::F32> leaf_offset,
+                      ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::F32> codewords,
+                      ffi::Buffer<ffi::U8> codes, ffi::Buffer<ffi::F32> slot_offset,
+                      ffi::Buffer<ffi::S32> slot_rows, ffi::Buffer<ffi::PRED> usable,
+                      ffi::AnyBuffer rows, ffi::Buffer<ffi::F32> row_scale,
+                      ffi::Result<ffi::Buffer<ffi::F32>> scores,
+                      ffi::Result<ffi::Buffer<ffi::S32>> ids, int32_t layout,
+                      int64_t leaves_to_search, int64_t rescore, bool euclidean) {
+  TreeSearchArguments a;
+  XLA_KERNELS_REQUIRE(queries.dimensions().size() == 2 && queries.dimensions()[1] > 0,
+                      "queries must be float32[b, d], got " + shape_of(queries));
+  a.num_queries = queries.dimensions()[0];
+  a.dim = queries.dimensions()[1];
+  XLA_KERNELS_REQUIRE(centroids.dimensions().size() == 2 && centroids.dimensions()[1] == a.dim,
+                      "centroids must be float32[L, d], got " + shape_of(centroids));
+  a.num_leaves = centroids.dimensions()[0];
+  XLA_KERNELS_REQUIRE(a.num_leaves >= 1 && a.num_leaves < (1 << 30), "no leaves, or too many");
+  XLA_KERNELS_CHECK(
+      check_shape(tiles, {(a.num_leaves + 15) / 16, (a.dim + 1) / 2, 16, 2}, false, "tiles"));
+  XLA_KERNELS_CHECK(check_shape(centroid_scale, {}, false, "centroid_scale"));
+  XLA_KERNELS_CHECK(check_shape(leaf_offset, {a.num_leaves}, true, "leaf_offset"));
+  XLA_KERNELS_CHECK(check_shape(starts, {a.num_leaves + 1}, false, "starts"));
+  const auto words = codewords.dimensions();
+  XLA_KERNELS_REQUIRE(words.size() == 3 && words[0] > 0 && words[1] > 0 && words[0] * words[1] >= a.dim,
+                      "codewords must be float32[m, s, k] with m * s >= d, got " +
+                          shape_of(codewords));
+  a.width = words[1];
+  a.num_codewords = words[2];
+  const auto slots = slot_rows.dimensions();
+  XLA_KERNELS_REQUIRE(slots.size() == 1, "slot_rows must be int32[slots], got " + shape_of(slot_rows));
+  XLA_KERNELS_CHECK(view_codes(codes, slots[0], words[0], a.num_codewords, layout, &a.codes));
+  XLA_KERNELS_REQUIRE(slots[0] % a.codes.block_rows() == 0, "slots must fill whole blocks");
+  XLA_KERNELS_CHECK(check_shape(slot_offset, {slots[0]}, true, "slot_offset"));
+  const auto mask = usable.dimensions();
+  XLA_KERNELS_REQUIRE(mask.size() == 2 && (mask[0] == 1 || mask[0] == a.num_queries) &&
+                          mask[1] == slots[0],
+                      "usable must be bool[1 or b, slots], got " + shape_of(usable));
+  a.usable_queries = mask[0];
+  const int32_t* begin = starts.typed_data();
+  bool rising = begin[0] >= 0;
+  for (int64_t l = 0; l < a.num_leaves; ++l) rising = rising && begin[l] <= begin[l + 1];
+  XLA_KERNELS_REQUIRE(rising && begin[a.num_leaves] <= a.codes.num_blocks(),
+                      "starts must rise from 0 to the number of blocks");
+
+  a.rescore = rescore;
+  if (rescore > 0) {
+    const auto store = rows.dimensions();
+    XLA_KERNELS_REQUIRE(store.size() == 2 && store[1] == a.dim && store[0] > 0,
+                        "rows must be [n, d], got " + shape_of(rows));
+    a.num_rows = store[0];
+    switch (rows.element_type()) {
+      case ffi::F32: a.store = StoreType::kFloat32; break;
+      case ffi::BF16: a.store = StoreType::kBFloat16; break;
+      case ffi::S8: a.store = StoreType::kInt8; break;
+      default: return ffi::Error::InvalidArgument("rows must be float32, bfloat16 or int8");
+    }
+    XLA_KERNELS_REQUIRE(!euclidean || a.store == StoreType::kFloat32,
+                        "Euclidean rescoring needs float32 rows");
+    XLA_KERNELS_CHECK(
+        check_shape(row_scale, {a.num_rows}, a.store != StoreType::kInt8, "row_scale"));
+    a.rows = rows.untyped_data();
+    a.row_scale = optional_row(row_scale);
+  } else {
+    a.num_rows = INT32_MAX;
+  }
+  const auto out = scores->dimensions();
+  XLA_KERNELS_REQUIRE(out.size() == 2 && out[0] == a.num_queries && ids->dimensions() == out,
+                      "results must be [b, k], got " + shape_of(*scores));
+  a.k = out[1];
+  XLA_KERNELS_REQUIRE(leaves_to_search >= 1, "leaves_to_search must be at least 1");
+  XLA_KERNELS_REQUIRE(rescore == 0 || rescore >= a.k, "rescore must be 0 or at least k");
+  if (a.k == 0 || a.num_queries == 0) return ffi::Error::Success();
+
+  a.queries = queries.typed_data();
+  a.centroids = centroids.typed_data();
+  a.tiles = tiles.typed_data();
+  a.centroid_scale = *centroid_scale.typed_data();
+  a.leaf_offset = optional_row(leaf_offset);
+  a.starts = begin;
+  a.codewords = codewords.typed_data();
+  a.slot_offset = optional_row(slot_offset);
+  a.slot_rows = slot_rows.typed_data();
+  a.usable = reinterpret_cast<const uint8_t*>(usable.typed_data());
+  a.euclidean = euclidean;
+  a.leaves_to_search = leaves_to_search;
+  a.scores = scores->typed_data();
+  a.ids = ids->typed_data();
+  XlaPool pool(threads);
+  tree_search(a, pool);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace xla_kernels
+
+using namespace xla_kernels;  // NOLINT: the macros below paste names at file scope
+
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_kernels_tree_search, TreeSearch,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S16>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Attr<int32_t>("layout")
+                                  .Attr<int64_t>("leaves_to_search")
+                                  .Attr<int64_t>("rescore")
+                                  .Attr<bool>("euclidean"));
+
+#pragma GCC visibility pop

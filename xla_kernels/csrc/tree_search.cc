@@ -1,0 +1,390 @@
+#include "tree_search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "collector.h"
+#include "scan.h"
+#include "table.h"
+#include "top_k.h"
+
+namespace xla_kernels {
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+// Queries that share a pass over the leaves; their tables stay in the second-level cache.
+constexpr int64_t kTile = 512;
+// A batch scans this many of each query's best leaves first: thresholds rise before the rest.
+constexpr int64_t kFirst = 2;
+// Norm of the integer query. With centroids of norm <= 32000 sums stay below 2^30.
+constexpr float kQueryNorm = 32000.0f;
+constexpr int64_t kPrefetchRows = 12;
+
+const TreeKernels& tree_kernels() {
+  const char* level = kernels()->name;
+  const TreeKernels* found = nullptr;
+  if (std::strncmp(level, "avx512", 6) == 0) found = tree_avx512();
+  if (found == nullptr && std::strncmp(level, "avx", 3) == 0) found = tree_avx2();
+  return found != nullptr ? *found : *tree_portable();
+}
+
+template <typename T>
+class Aligned {
+ public:
+  // Keeps what it has where that is enough: a worker searches many queries with the same buffers.
+  T* reserve(int64_t count) {
+    if (count > size_) {
+      storage_.reset(new uint8_t[static_cast<size_t>(count) * sizeof(T) + 64]);
+      size_ = count;
+    }
+    const auto address = reinterpret_cast<uintptr_t>(storage_.get());
+    return reinterpret_cast<T*>(storage_.get() + (64 - address % 64) % 64);
+  }
+
+ private:
+  std::unique_ptr<uint8_t[]> storage_;
+  int64_t size_ = -1;
+};
+
+struct Leaf {
+  int32_t number;
+  float score;
+};
+
+// One query between the ranking of its leaves and its results.
+struct Search {
+  std::vector<Leaf> leaves;  // best first
+  Collector collector;
+  ScanQuery query;
+  TableBounds bounds;
+  bool finite = true;
+};
+
+class Worker {
+ public:
+  explicit Worker(const TreeSearchArguments& a)
+      : a_(a),
+        scan_(*kernels()),
+        tree_(tree_kernels()),
+        stride_(table_stride(a.codes.layout, a.num_codewords)),
+        rounded_bytes_(rounded_table_bytes(a.codes.layout, a.codes.num_subspaces, a.num_codewords)),
+        expanded_bytes_(
+            (scan_.expanded_bytes(a.codes.layout, a.codes.groups, stride_) + 63) / 64 * 64),
+        table_floats_((a.codes.num_subspaces * a.num_codewords + 15) / 16 * 16),
+        tiles_((a.num_leaves + 15) / 16),
+        pairs_((a.dim + 1) / 2),
+        // Without rescoring the byte tables choose a few more than k for the float tables to rank.
+        kept_(std::min(a.rescore > 0 ? a.rescore : 2 * a.k + 32, a.codes.num_rows)) {}
+
+  void run(int64_t first, int64_t count) {
+    if (static_cast<int64_t>(searches_.size()) < count) searches_.resize(static_cast<size_t>(count));
+    float* tables = tables_.reserve(table_floats_ * count);
+    uint8_t* expanded = expanded_.reserve(expanded_bytes_ * count);
+    for (int64_t i = 0; i < count; ++i) {
+      prepare(first + i, searches_[static_cast<size_t>(i)], tables + i * table_floats_,
+              expanded + i * expanded_bytes_);
+    }
+    if (count < 8) {
+      for (int64_t i = 0; i < count; ++i) scan_one(searches_[static_cast<size_t>(i)], a_.leaves_to_search);
+    } else {
+      scan_by_leaf(count);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      finish(first + i, searches_[static_cast<size_t>(i)], tables + i * table_floats_);
+    }
+  }
+
+ private:
+  void prepare(int64_t q, Search& search, float* table, uint8_t* expanded) {
+    const float* query = a_.queries + q * a_.dim;
+    float peak = 0, poison = 0;
+    for (int64_t i = 0; i < a_.dim; ++i) {
+      poison += query[i] * 0.0f;
+      peak = std::max(peak, std::fabs(query[i]));
+    }
+    search.finite = poison == 0.0f && peak < 1e18f;
+    if (!search.finite) return;
+    rank_leaves(query, peak, search);
+    build(query, table, expanded, search);
+    search.collector.start(kept_, Collector::capacity_for(kept_, a_.codes.num_rows),
+                           a_.slot_offset != nullptr, 0, search.bounds.base, search.bounds.delta,
+                           nullptr, scan_.count);
+    search.collector.ascending = false;
+    search.query.table = expanded;
+    search.query.collector = &search.collector;
+    search.query.valid = a_.usable + (a_.usable_queries == 1 ? 0 : q * a_.codes.num_rows);
+    search.query.centre = search.bounds.base;
+    search.query.delta = search.bounds.delta;
+    search.query.error = 0;
+  }
+
+  // The leaves of largest <q, centroid> (+ offset), from products in 16-bit integers: centroids and
+  // query are scaled so that their norms are near 32000, an error of 1e-4 of the norms.
+  void rank_leaves(const float* query, float peak, Search& search) {
+    int16_t* rounded = rounded_query_.reserve(2 * pairs_);
+    float square = 0;
+    const float down = peak > 0 ? 1.0f / peak : 0.0f;
+    for (int64_t i = 0; i < a_.dim; ++i) square += query[i] * down * (query[i] * down);
+    const float norm = peak * std::sqrt(square);
+    const float up = norm > 0 ? kQueryNorm / norm : 0.0f;
+    for (int64_t i = 0; i < a_.dim; ++i) {
+      rounded[i] = static_cast<int16_t>(std::lrintf(query[i] * up));
+    }
+    if (a_.dim & 1) rounded[a_.dim] = 0;
+    int32_t* products = products_.reserve(tiles_ * 16);
+    tree_.leaf_products(a_.tiles, tiles_, pairs_, rounded, products);
+
+    const float unit = up > 0 ? 1.0f / (up * a_.centroid_scale) : 0.0f;
+    int32_t* keys = products;
+    if (a_.leaf_offset != nullptr) {
+      keys = keys_.reserve(a_.num_leaves);
+      for (int64_t l = 0; l < a_.num_leaves; ++l) {
+        keys[l] = ordered(static_cast<float>(products[l]) * unit + a_.leaf_offset[l]);
+      }
+    }
+    const int64_t wanted = std::min(a_.leaves_to_search, a_.num_leaves);
+    const int32_t bar = wanted < a_.num_leaves
+                            ? kth_largest(keys, a_.num_leaves, wanted, scan_.count)
+                            : INT32_MIN;
+    best_.clear();
+    for (int64_t l = 0; l < a_.num_leaves; ++l) {
+      if (keys[l] >= bar) best_.push_back(leaf_key(keys[l], static_cast<int32_t>(l)));
+    }
+    std::sort(best_.begin(), best_.end());
+    best_.resize(static_cast<size_t>(wanted));
+    search.leaves.clear();
+    for (const uint64_t key : best_) {
+      const auto l = static_cast<int32_t>(key & 0xffffffffu);
+      search.leaves.push_back({l, static_cast<float>(products[l]) * unit});
+    }
+  }
+
+  // Ascending keys are descending scores, then ascending leaves.
+  static uint64_t leaf_key(int32_t score, int32_t leaf) {
+    return (static_cast<uint64_t>(static_cast<uint32_t>(score) ^ 0x7fffffffu) << 32) |
+           static_cast<uint32_t>(leaf);
+  }
+
+  void build(const float* query, float* table, uint8_t* expanded, Search& search) {
+    const int64_t m = a_.codes.num_subspaces, columns = m * a_.width;
+    const float* padded = query;
+    if (columns != a_.dim) {
+      float* copy = padded_.reserve(columns);
+      std::memcpy(copy, query, sizeof(float) * static_cast<size_t>(a_.dim));
+      std::fill(copy + a_.dim, copy + columns, 0.0f);
+      padded = copy;
+    }
+    tree_.build_table(a_.codewords, padded, m, a_.width, a_.num_codewords, table);
+    uint8_t* rounded = rounded_.reserve(rounded_bytes_);
+    if (a_.num_codewords == 16 && stride_ == 16) {
+      std::memset(rounded + m * 16, 0, static_cast<size_t>(rounded_bytes_ - m * 16));
+      tree_.round16(table, m, table_max(a_.codes.layout), rounded, &search.bounds.base,
+                    &search.bounds.delta);
+    } else {
+      search.bounds = round_table(table, a_.codes.layout, m, a_.num_codewords, rounded);
+      search.finite = search.bounds.finite && search.bounds.bounded;
+    }
+    scan_.expand(rounded, a_.codes.layout, a_.codes.groups, stride_, expanded);
+  }
+
+  int32_t shift_of(const Search& search, float score) const {
+    const float shift = score / search.bounds.delta;
+    // A leaf beyond what 32 bits hold is far better or worse than all others.
+    return static_cast<int32_t>(std::lrintf(std::max(-5e8f, std::min(5e8f, shift))));
+  }
+
+  // The first leaves of one query.
+  void scan_one(Search& search, int64_t count) {
+    if (!search.finite) return;
+    const RowTerms terms{nullptr, a_.slot_offset};
+    const size_t end = std::min(static_cast<size_t>(count), search.leaves.size());
+    for (size_t i = 0; i < end; ++i) {
+      const Leaf& leaf = search.leaves[i];
+      search.query.shift = shift_of(search, leaf.score);
+      scan_.scan(a_.codes, terms, a_.starts[leaf.number], a_.starts[leaf.number + 1], stride_,
+                 &search.query, 1);
+    }
+  }
+
+  // Every leaf once, for all queries of the tile that probe it.
+  void scan_by_leaf(int64_t count) {
+    const RowTerms terms{nullptr, a_.slot_offset};
+    begins_.assign(static_cast<size_t>(a_.num_leaves) + 1, 0);
+    for (int64_t i = 0; i < count; ++i) {
+      Search& search = searches_[static_cast<size_t>(i)];
+      if (!search.finite) continue;
+      scan_one(search, kFirst);
+      for (size_t j = kFirst; j < search.leaves.size(); ++j) ++begins_[static_cast<size_t>(search.leaves[j].number) + 1];
+    }
+    for (size_t l = 0; l < static_cast<size_t>(a_.num_leaves); ++l) begins_[l + 1] += begins_[l];
+    visits_.resize(static_cast<size_t>(begins_.back()));
+    for (int64_t i = 0; i < count; ++i) {
+      const Search& search = searches_[static_cast<size_t>(i)];
+      if (!search.finite) continue;
+      for (size_t j = kFirst; j < search.leaves.size(); ++j) {
+        const Leaf& leaf = search.leaves[j];
+        visits_[static_cast<size_t>(begins_[static_cast<size_t>(leaf.number)]++)] = {
+            static_cast<int32_t>(i), shift_of(search, leaf.score)};
+      }
+    }
+    // begins_[l] now is the end of leaf l.
+    int64_t at = 0;
+    for (int64_t l = 0; l < a_.num_leaves; ++l) {
+      const int64_t end = begins_[static_cast<size_t>(l)];
+      if (at == end) continue;
+      batch_.clear();
+      for (; at < end; ++at) {
+        const Visit& visit = visits_[static_cast<size_t>(at)];
+        batch_.push_back(searches_[static_cast<size_t>(visit.search)].query);
+        batch_.back().shift = visit.shift;
+      }
+      scan_.scan(a_.codes, terms, a_.starts[l], a_.starts[l + 1], stride_, batch_.data(),
+                 static_cast<int64_t>(batch_.size()));
+    }
+  }
+
+  void finish(int64_t q, Search& search, const float* table) {
+    float* scores = a_.scores + q * a_.k;
+    int32_t* ids = a_.ids + q * a_.k;
+    found_.clear();
+    if (search.finite) {
+      const Collector& c = search.collector;
+      const int32_t bar =
+          c.size > kept_ ? kth_largest(c.low, c.size, kept_, scan_.count) : INT32_MIN;
+      slots_.clear();
+      for (int64_t i = 0; i < c.size; ++i) {
+        if (c.low[i] >= bar) slots_.push_back(c.rows[i]);
+      }
+      if (a_.rescore > 0) {
+        rescore(a_.queries + q * a_.dim);
+      } else {
+        estimate(a_.queries + q * a_.dim, table);
+      }
+    }
+    write_distinct(scores, ids);
+  }
+
+  void keep(float score, int32_t row) {
+    if (score > kMinusInfinity) found_.push_back(best_key(score, row));  // false for NaN
+  }
+
+  const void* row_at(int32_t row) const {
+    const int64_t bytes = a_.store == StoreType::kFloat32 ? 4 : a_.store == StoreType::kBFloat16 ? 2 : 1;
+    return static_cast<const uint8_t*>(a_.rows) + static_cast<int64_t>(row) * a_.dim * bytes;
+  }
+
+  float exact(const float* query, int32_t row) const {
+    const void* at = row_at(row);
+    switch (a_.store) {
+      case StoreType::kFloat32: {
+        const auto* x = static_cast<const float*>(at);
+        return a_.euclidean ? -tree_.distance(query, x, a_.dim) : tree_.dot(query, x, a_.dim);
+      }
+      case StoreType::kBFloat16:
+        return tree_.dot_bfloat16(query, static_cast<const uint16_t*>(at), a_.dim);
+      case StoreType::kInt8:
+        return a_.row_scale[row] * tree_.dot_int8(query, static_cast<const int8_t*>(at), a_.dim);
+      default:
+        return kMinusInfinity;
+    }
+  }
+
+  void prefetch(int32_t row) const {
+    const auto* at = static_cast<const uint8_t*>(row_at(row));
+    const int64_t bytes = static_cast<const uint8_t*>(row_at(row + 1)) - at;
+    for (int64_t i = 0; i < bytes + 63; i += 64) __builtin_prefetch(at + std::min(i, bytes - 1));
+  }
+
+  void rescore(const float* query) {
+    // A row number beyond the store is a corrupt index: never read there.
+    size_t size = 0;
+    for (const int32_t slot : slots_) {
+      const int32_t row = a_.slot_rows[slot];
+      if (row >= 0 && row < a_.num_rows) slots_[size++] = row;
+    }
+    for (size_t i = 0; i < std::min<size_t>(kPrefetchRows, size); ++i) prefetch(slots_[i]);
+    for (size_t i = 0; i < size; ++i) {
+      if (i + kPrefetchRows < size) prefetch(slots_[i + kPrefetchRows]);
+      keep(exact(query, slots_[i]), slots_[i]);
+    }
+  }
+
+  // Float scores <q, centroid> + sum of table entries (+ offset) of the kept slots.
+  void estimate(const float* query, const float* table) {
+    for (const int32_t slot : slots_) {
+      const int64_t block = slot / a_.codes.block_rows();
+      const int64_t leaf =
+          std::upper_bound(a_.starts, a_.starts + a_.num_leaves + 1, block) - a_.starts - 1;
+      const float shared = tree_.dot(query, a_.centroids + leaf * a_.dim, a_.dim);
+      float score = shared + exact_score(table, a_.num_codewords, a_.codes, nullptr, nullptr, slot);
+      if (a_.slot_offset != nullptr) score += a_.slot_offset[slot];
+      if (a_.slot_rows[slot] >= 0) keep(score, a_.slot_rows[slot]);
+    }
+  }
+
+  // The k best rows, each once: a row that lies in two leaves has two slots.
+  void write_distinct(float* scores, int32_t* ids) {
+    const auto k = static_cast<size_t>(a_.k);
+    size_t sorted = std::min(found_.size(), 2 * k + 8);
+    for (;;) {
+      if (sorted < found_.size()) {
+        std::nth_element(found_.begin(), found_.begin() + static_cast<int64_t>(sorted), found_.end());
+      }
+      std::sort(found_.begin(), found_.begin() + static_cast<int64_t>(sorted));
+      size_t written = 0;
+      for (size_t i = 0; i < sorted && written < k; ++i) {
+        const auto row = static_cast<int32_t>(found_[i] & 0xffffffffu);
+        if (std::find(ids, ids + written, row) != ids + written) continue;
+        const auto high = static_cast<uint32_t>(found_[i] >> 32) ^ 0x7fffffffu;
+        scores[written] = from_ordered(static_cast<int32_t>(high));
+        ids[written++] = row;
+      }
+      if (written == k || sorted == found_.size()) {
+        std::fill(scores + written, scores + k, kMinusInfinity);
+        std::fill(ids + written, ids + k, -1);
+        return;
+      }
+      sorted = found_.size();
+    }
+  }
+
+  struct Visit {
+    int32_t search;
+    int32_t shift;
+  };
+
+  const TreeSearchArguments& a_;
+  const Kernels& scan_;
+  const TreeKernels& tree_;
+  int64_t stride_, rounded_bytes_, expanded_bytes_, table_floats_, tiles_, pairs_, kept_;
+  std::vector<Search> searches_;
+  std::vector<uint64_t> best_, found_;
+  std::vector<int32_t> slots_;
+  std::vector<int64_t> begins_;
+  std::vector<Visit> visits_;
+  std::vector<ScanQuery> batch_;
+  Aligned<float> tables_, padded_;
+  Aligned<uint8_t> expanded_, rounded_;
+  Aligned<int16_t> rounded_query_;
+  Aligned<int32_t> products_, keys_;
+};
+
+}  // namespace
+
+void tree_search(const TreeSearchArguments& a, Pool& pool) {
+  const int64_t threads = a.num_queries > 1 ? usable_threads(pool) : 1;
+  const int64_t share = (a.num_queries + threads - 1) / std::max<int64_t>(threads, 1);
+  const int64_t tile = std::max<int64_t>(1, std::min(kTile, share));
+  const int64_t tiles = (a.num_queries + tile - 1) / tile;
+  parallel_for(pool, threads, tiles, [&](int64_t t) {
+    // Buffers outlive a call, so that a single query allocates nothing.
+    Worker worker(a);
+    worker.run(t * tile, std::min(tile, a.num_queries - t * tile));
+  });
+}
+
+}  // namespace xla_kernels

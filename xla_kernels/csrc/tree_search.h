@@ -1,0 +1,75 @@
+// Search of quantized rows in the leaves of a k-means tree, without XLA.
+//
+// One query: scores of all centroids, the best leaves, one lookup table, a scan of the codes of
+// those leaves, the best candidates, their exact scores. A batch visits each leaf once for all the
+// queries that probe it, so codes are read once and scanned for eight queries at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "codes.h"
+#include "threads.h"
+
+namespace xla_kernels {
+
+enum class StoreType : int32_t { kNone = 0, kFloat32 = 1, kBFloat16 = 2, kInt8 = 3 };
+
+struct TreeSearchArguments {
+  const float* queries = nullptr;  // [num_queries, dim]
+  int64_t num_queries = 0;
+  int64_t dim = 0;
+
+  const float* centroids = nullptr;  // [num_leaves, dim]
+  // int16[tiles of 16 leaves][pairs of columns][16][2]: centroids times `centroid_scale`.
+  const int16_t* tiles = nullptr;
+  float centroid_scale = 1;
+  const float* leaf_offset = nullptr;  // [num_leaves] or null; ranks leaves, not rows
+  const int32_t* starts = nullptr;     // [num_leaves + 1] first block of each leaf
+  int64_t num_leaves = 0;
+
+  const float* codewords = nullptr;  // [num_subspaces, width, num_codewords]
+  int64_t width = 0;
+  int64_t num_codewords = 0;
+  Codes codes;                          // of the slots
+  const float* slot_offset = nullptr;   // [slots] or null
+  const int32_t* slot_rows = nullptr;   // [slots], -1 where a leaf ends inside a block
+  const uint8_t* usable = nullptr;      // [usable_queries, slots], usable_queries is 1 or num_queries
+  int64_t usable_queries = 1;
+
+  StoreType store = StoreType::kNone;
+  const void* rows = nullptr;         // [num_rows, dim]
+  const float* row_scale = nullptr;   // [num_rows] for kInt8
+  int64_t num_rows = 0;
+  bool euclidean = false;             // exact scores are -||q - x||^2, not <q, x>
+
+  int64_t leaves_to_search = 1;
+  int64_t rescore = 0;                // 0: the scores are estimates
+  int64_t k = 0;
+  float* scores = nullptr;            // [num_queries, k]
+  int32_t* ids = nullptr;             // [num_queries, k]
+};
+
+void tree_search(const TreeSearchArguments& arguments, Pool& pool);
+
+// What differs between instruction sets.
+struct TreeKernels {
+  // Inner products of a query rounded to int16 with all tiles of centroids, into int32[tiles * 16].
+  void (*leaf_products)(const int16_t* tiles, int64_t num_tiles, int64_t num_pairs,
+                        const int16_t* query, int32_t* out);
+  // table[s][j] = sum_w query[s * width + w] * codewords[s][w][j]; the query is padded with zeros.
+  void (*build_table)(const float* codewords, const float* query, int64_t num_subspaces,
+                      int64_t width, int64_t num_codewords, float* table);
+  // Rounds a table of 16 codewords a subspace to bytes of step *delta above *base.
+  void (*round16)(const float* table, int64_t num_subspaces, int32_t top, uint8_t* out, float* base,
+                  float* delta);
+  float (*dot)(const float* query, const float* row, int64_t dim);
+  float (*dot_bfloat16)(const float* query, const uint16_t* row, int64_t dim);
+  float (*dot_int8)(const float* query, const int8_t* row, int64_t dim);
+  float (*distance)(const float* query, const float* row, int64_t dim);
+};
+
+const TreeKernels* tree_portable();
+const TreeKernels* tree_avx2();
+const TreeKernels* tree_avx512();
+
+}  // namespace xla_kernels
