@@ -7,3 +7,7 @@ from .implementations import export_checks as export_checks
 from .layout import PackedCodes as PackedCodes
 from .layout import pack_codes as pack_codes
 from .layout import unpack_codes as unpack_codes
+from .tree_search.api import tree_search as tree_search
+from .tree_search.packed import PackedTree as PackedTree
+from .tree_search.packed import pack_tree as pack_tree
+from .tree_search.packed import slots_per_block as slots_per_block

@@ -11,7 +11,7 @@ from ..layout import PackedCodes, native_layout, pack_codes, repack_codes
 from ..varying import ffi_call
 
 #: `Layout` of csrc/codes.h.
-_LAYOUT = {"dwords": 0, "lanes": 1, "bytes": 2}
+LAYOUT_NUMBERS = {"dwords": 0, "lanes": 1, "bytes": 2}
 
 
 def adc_scores(
@@ -105,7 +105,7 @@ def _attributes(packed: PackedCodes) -> dict[str, Any]:
     return {
         "num_rows": np.int64(packed.num_rows),
         "num_subspaces": np.int64(packed.num_subspaces),
-        "layout": np.int32(_LAYOUT[packed.layout]),
+        "layout": np.int32(LAYOUT_NUMBERS[packed.layout]),
     }
 
 

@@ -55,12 +55,29 @@ struct Leaf {
   float score;
 };
 
+// Float estimates of slots: <q, centroid> + sum of table entries (+ offset).
+struct SlotScorer final : ExactScorer {
+  const TreeSearchArguments* a = nullptr;
+  const TreeKernels* tree = nullptr;
+  const float* query = nullptr;
+  const float* table = nullptr;
+  float score(int32_t slot) const override {
+    const int64_t block = slot / a->codes.block_rows();
+    const int64_t leaf =
+        std::upper_bound(a->starts, a->starts + a->num_leaves + 1, block) - a->starts - 1;
+    const float shared = tree->dot(query, a->centroids + leaf * a->dim, a->dim);
+    const float sum = exact_score(table, a->num_codewords, a->codes, nullptr, nullptr, slot);
+    return shared + sum + (a->slot_offset != nullptr ? a->slot_offset[slot] : 0.0f);
+  }
+};
+
 // One query between the ranking of its leaves and its results.
 struct Search {
   std::vector<Leaf> leaves;  // best first
   Collector collector;
   ScanQuery query;
   TableBounds bounds;
+  SlotScorer scorer;
   bool finite = true;
 };
 
@@ -94,7 +111,7 @@ class Worker {
       scan_by_leaf(count);
     }
     for (int64_t i = 0; i < count; ++i) {
-      finish(first + i, searches_[static_cast<size_t>(i)], tables + i * table_floats_);
+      finish(first + i, searches_[static_cast<size_t>(i)]);
     }
   }
 
@@ -110,9 +127,13 @@ class Worker {
     if (!search.finite) return;
     rank_leaves(query, peak, search);
     build(query, table, expanded, search);
+    search.scorer.a = &a_;
+    search.scorer.tree = &tree_;
+    search.scorer.query = query;
+    search.scorer.table = table;
     search.collector.start(kept_, Collector::capacity_for(kept_, a_.codes.num_rows),
                            a_.slot_offset != nullptr, 0, search.bounds.base, search.bounds.delta,
-                           nullptr, scan_.count);
+                           &search.scorer, scan_.count);
     search.collector.ascending = false;
     search.query.table = expanded;
     search.query.collector = &search.collector;
@@ -247,7 +268,7 @@ class Worker {
     }
   }
 
-  void finish(int64_t q, Search& search, const float* table) {
+  void finish(int64_t q, const Search& search) {
     float* scores = a_.scores + q * a_.k;
     int32_t* ids = a_.ids + q * a_.k;
     found_.clear();
@@ -262,7 +283,7 @@ class Worker {
       if (a_.rescore > 0) {
         rescore(a_.queries + q * a_.dim);
       } else {
-        estimate(a_.queries + q * a_.dim, table);
+        estimate(search);
       }
     }
     write_distinct(scores, ids);
@@ -313,16 +334,9 @@ class Worker {
     }
   }
 
-  // Float scores <q, centroid> + sum of table entries (+ offset) of the kept slots.
-  void estimate(const float* query, const float* table) {
+  void estimate(const Search& search) {
     for (const int32_t slot : slots_) {
-      const int64_t block = slot / a_.codes.block_rows();
-      const int64_t leaf =
-          std::upper_bound(a_.starts, a_.starts + a_.num_leaves + 1, block) - a_.starts - 1;
-      const float shared = tree_.dot(query, a_.centroids + leaf * a_.dim, a_.dim);
-      float score = shared + exact_score(table, a_.num_codewords, a_.codes, nullptr, nullptr, slot);
-      if (a_.slot_offset != nullptr) score += a_.slot_offset[slot];
-      if (a_.slot_rows[slot] >= 0) keep(score, a_.slot_rows[slot]);
+      if (a_.slot_rows[slot] >= 0) keep(search.scorer.score(slot), a_.slot_rows[slot]);
     }
   }
 

@@ -1,0 +1,1 @@
+"""Search of quantized rows in the leaves of a k-means tree."""

@@ -1,0 +1,163 @@
+"""Search of quantized rows in the leaves of a k-means tree, whichever implementation runs it."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import library
+
+from . import cpu, xla
+from .packed import PackedTree
+
+Implementation = Literal["xla", "cpu"]
+
+
+def tree_search(
+    tree: PackedTree,
+    queries: jax.Array,
+    *,
+    k: int,
+    leaves_to_search: int,
+    rescore: int = 0,
+    rows: jax.Array | None = None,
+    row_scale: jax.Array | None = None,
+    usable: jax.Array | None = None,
+    euclidean: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Rank leaves, scan the codes of the best, score the best candidates exactly.
+
+    The estimate of a slot of leaf l is ``<q, centroids[l]> + sum_m table[m, codes[m]]`` (plus the
+    slot's offset), with ``table`` the products of the query with the codewords. Scores are
+    differentiable, forward and backward, in queries, tree and rows; ids have no gradient.
+
+    Args:
+      tree: from `pack_tree`.
+      queries: ``float32[b, d]``.
+      k: results a query, at least 1.
+      leaves_to_search: leaves probed, at least 1; more than there are means all.
+      rescore: candidates whose score is computed from ``rows``, at least k; 0 returns estimates.
+        The compiled kernel chooses candidates by tables rounded to 8 bits.
+      rows: ``float32``, ``bfloat16`` or ``int8[n, d]`` for the rescoring.
+      row_scale: ``float32[n]`` factor of each int8 row.
+      usable: ``bool[1 or b, S]`` slots that may be returned; None takes those of the tree. A slot
+        without a row must not be usable.
+      euclidean: exact scores are ``-||q - x||^2`` instead of ``<q, x>``.
+      implementation: ``"cpu"``, ``"xla"``, or None for the best that can run.
+
+    Returns:
+      Scores ``float32[b, k]``, best first, and rows ``int32[b, k]``, each row once; -inf and -1
+      where fewer are found, and for queries that are not finite.
+
+    Raises:
+      ValueError: arguments out of range, or an implementation that cannot run.
+
+    Example:
+      >>> import numpy as np
+      >>> from xla_kernels import pack_tree, slots_per_block, tree_search
+      >>> size = slots_per_block(2)
+      >>> slots = np.full(2 * size, -1, np.int32)
+      >>> slots[0], slots[size] = 7, 8
+      >>> tree = pack_tree(
+      ...     np.array([[1.0], [-1.0]]), [0, 1, 2], slots, np.zeros((1, 2, 1)),
+      ...     np.zeros((2 * size, 1), np.uint8))
+      >>> scores, ids = tree_search(tree, np.array([[3.0]], np.float32), k=2, leaves_to_search=2)
+      >>> ids.tolist(), scores.tolist()
+      ([[7, 8]], [[3.0, -3.0]])
+    """
+    if k < 1 or leaves_to_search < 1:
+        raise ValueError(
+            f"k and leaves_to_search must be at least 1; got {k} and {leaves_to_search}"
+        )
+    if rescore and (rescore < k or rows is None):
+        raise ValueError(f"rescore must be 0, or at least k = {k} and with rows; got {rescore}")
+    queries = jnp.asarray(queries, jnp.float32)
+    run = _choose(tree, implementation, rows, euclidean)
+    operands = (tree, queries, rows, row_scale)
+    options = {
+        "k": k,
+        "leaves_to_search": min(leaves_to_search, tree.centroids.shape[0]),
+        "rescore": rescore,
+        "euclidean": euclidean,
+    }
+
+    @jax.custom_jvp
+    def found(operands: Any, usable: Any) -> Any:
+        tree, queries, rows, row_scale = operands
+        return run(tree, queries, rows, row_scale, usable, **options)
+
+    @found.defjvp
+    def _rule(primals: Any, tangents: Any) -> Any:
+        scores, ids = found(*primals)
+
+        def scores_of(operands: Any) -> Any:
+            return _scores_of(*operands, ids, rescore=rescore, euclidean=euclidean)
+
+        _, change = jax.jvp(scores_of, primals[:1], tangents[:1])
+
+
+        nothing = np.zeros(ids.shape, jax.dtypes.float0)
+        return (scores, ids), (jnp.where(ids >= 0, change, 0), nothing)
+
+    return found(operands, usable)
+
+
+def _scores_of(
+    tree: PackedTree,
+    queries: jax.Array,
+    rows: jax.Array | None,
+    row_scale: jax.Array | None,
+    ids: jax.Array,
+    *,
+    rescore: int,
+    euclidean: bool,
+) -> jax.Array:
+    """Scores of found rows as a differentiable function of the operands."""
+    if rescore:
+
+        def exact(q: jax.Array, numbers: jax.Array) -> jax.Array:
+            return xla.row_scores(rows, row_scale, q, numbers, euclidean=euclidean)
+
+        return jax.vmap(exact)(queries, ids)
+    # Where a row has several slots its score is that of the best.
+    order = jnp.argsort(tree.slot_rows)
+    numbers = tree.slot_rows[order]
+
+    def estimate(q: jax.Array, rows: jax.Array) -> jax.Array:
+        first = jnp.searchsorted(numbers, rows)
+        places = jnp.minimum(first[:, None] + jnp.arange(2), len(order) - 1)
+        slots = order[places]
+        scores = xla.slot_scores(tree, q, slots.reshape(-1)).reshape(slots.shape)
+        same = tree.slot_rows[slots] == rows[:, None]
+        return jnp.max(jnp.where(same, scores, -jnp.inf), axis=1)
+
+    return jax.lax.map(lambda z: estimate(*z), (queries, ids))
+
+
+def _choose(tree: PackedTree, implementation: str | None, rows: Any, euclidean: bool) -> Any:
+    if implementation not in (None, "xla", "cpu"):
+        raise ValueError(f"implementation must be None, 'xla' or 'cpu'; got {implementation!r}")
+    if implementation == "xla":
+        return xla.tree_search
+    fits = tree.codes.layout != "columns" and not (euclidean and rows is not None and rows.dtype != jnp.float32)
+    if implementation == "cpu":
+        if not library.available():
+            raise ValueError(f"implementation 'cpu' cannot run: {library.load().reason}")
+        if not fits:
+            raise ValueError(
+                "implementation 'cpu' needs packed codes, and float32 rows for Euclidean scores"
+            )
+        return cpu.tree_search
+    if not fits or not library.available():
+        return xla.tree_search
+
+    def by_platform(*args: Any, **options: Any) -> Any:
+        return jax.lax.platform_dependent(
+            *args,
+            cpu=lambda *a: cpu.tree_search(*a, **options),
+            default=lambda *a: xla.tree_search(*a, **options),
+        )
+
+    return by_platform

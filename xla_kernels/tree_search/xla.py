@@ -1,0 +1,211 @@
+"""Tree search in plain XLA: what runs where no kernel does, and what kernels are tested against.
+
+The scan is a loop over blocks of the probed leaves whose length follows their sizes: memory does
+not grow with the number of rows, and shapes stay static.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..layout import PackedCodes, code_rows, unpack_codes
+from .packed import PackedTree
+
+# Slots scored in one step of the scan.
+_STEP = 4096
+# Queries that share a product with the centroids. Always this many, so that a query gets the same
+# bits whatever the batch around it.
+_TILE = 8
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Candidates(NamedTuple):
+    """The best slots of a query, best first; slot -1 and score -inf where there are fewer."""
+
+    scores: Any
+    slots: Any
+
+
+def tree_search(
+    tree: PackedTree,
+    queries: jax.Array,
+    rows: jax.Array | None,
+    row_scale: jax.Array | None,
+    usable: jax.Array | None,
+    *,
+    k: int,
+    leaves_to_search: int,
+    rescore: int,
+    euclidean: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Scores ``float32[b, k]`` and rows ``int32[b, k]``; see `api.tree_search`."""
+    b = queries.shape[0]
+    finite = jnp.all(jnp.isfinite(queries), axis=1)
+    queries = jnp.where(finite[:, None], queries, 0)
+
+    def one(args: Any) -> Any:
+        q, shared, mask, ok = args
+        mask = tree.usable[0] if mask is None else mask
+
+        def run() -> Any:
+            # Where a row may have two slots, one of them is spare.
+            found = _candidates(tree, q, shared, mask, leaves_to_search, max(rescore, 2 * k))
+            numbers = tree.slot_rows[jnp.maximum(found.slots, 0)]
+            if rescore:
+                exact = row_scores(rows, row_scale, q, numbers, euclidean=euclidean)
+            else:
+                exact = slot_scores(tree, q, found.slots)
+            return best_rows(jnp.where(found.slots >= 0, exact, -jnp.inf), numbers, k)
+
+        def nothing() -> Any:
+            # Made from `ok`, so that both branches vary alike over the devices of shard_map.
+            none = jnp.broadcast_to(ok.astype(jnp.int32) * 0, (k,))
+            return none.astype(jnp.float32) - jnp.inf, none - 1
+
+        return jax.lax.cond(ok, run, nothing)
+
+    def tile(args: Any) -> Any:
+        q, mask, ok = args
+        shared = jnp.matmul(q, tree.centroids.T, precision=_HIGHEST)
+        return jax.lax.map(one, (q, shared, mask, ok))
+
+    pad = -b % _TILE
+
+    def in_tiles(a: jax.Array) -> jax.Array:
+        a = jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1))
+        return a.reshape(-1, _TILE, *a.shape[1:])
+
+    if usable is not None and usable.shape[0] == 1:
+        tree, usable = tree._replace(usable=usable), None
+    scores, ids = jax.lax.map(tile, jax.tree.map(in_tiles, (queries, usable, finite)))
+    return scores.reshape(-1, k)[:b], ids.reshape(-1, k)[:b]
+
+
+def row_scores(rows: Any, row_scale: Any, q: Any, numbers: Any, *, euclidean: bool) -> jax.Array:
+    """Exact scores of some rows, ``<q, x>`` or ``-||q - x||^2``; out-of-range rows are clamped."""
+    numbers = jnp.clip(numbers, 0, rows.shape[0] - 1)
+    x = rows[numbers].astype(jnp.float32)
+    if rows.dtype == jnp.int8:
+        x = x * row_scale[numbers][:, None]
+    if euclidean:
+        return -jnp.sum((q[None, :] - x) ** 2, axis=1)
+    return jnp.matmul(x, q, precision=_HIGHEST)
+
+
+def best_rows(scores: jax.Array, numbers: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k best distinct rows, best first and the lowest first among equals."""
+    numbers = jnp.where(scores > -jnp.inf, numbers, jnp.iinfo(jnp.int32).max)
+    order = jnp.lexsort((-scores, numbers))
+    same = jnp.concatenate([jnp.zeros(1, bool), numbers[order][1:] == numbers[order][:-1]])
+    # A row that lies in two leaves stands twice: its better score stays.
+    scores = jnp.where(same, -jnp.inf, scores[order])
+    numbers = numbers[order]
+    order = jnp.lexsort((numbers, -scores))[:k]
+    scores, numbers = scores[order], numbers[order]
+    numbers = jnp.where(scores > -jnp.inf, numbers, -1)
+    pad = (0, k - len(order))
+    return (
+        jnp.pad(scores, pad, constant_values=-jnp.inf),
+        jnp.pad(numbers, pad, constant_values=-1).astype(jnp.int32),
+    )
+
+
+def lookup_table(tree: PackedTree, q: jax.Array) -> jax.Array:
+    """``float32[m, k]`` products of the parts of a query with the codewords."""
+    m, width, _ = tree.codewords.shape
+    parts = jnp.pad(q, (0, m * width - q.shape[0])).reshape(m, width)
+    return jnp.einsum("ms,msk->mk", parts, tree.codewords, precision=_HIGHEST)
+
+
+def _slot_scores(tree: PackedTree, table: jax.Array, blocks: jax.Array) -> jax.Array:
+    """``sum_m table[m, code] (+ offset)`` of all slots of some blocks.
+
+    One subspace after another over many slots: a gather of one short row of the table takes 0.6 ns
+    a look-up, where gathering all subspaces of a slot at once takes ten times as long.
+    """
+    size = tree.block
+    if tree.codes.layout == "columns":
+        data = tree.codes.data
+        columns = data.reshape(data.shape[0], -1, size)[:, blocks].reshape(data.shape[0], -1)
+    else:
+        part = PackedCodes(
+            tree.codes.data[blocks],
+            blocks.shape[0] * size,
+            tree.codes.num_subspaces,
+            tree.codes.num_codewords,
+            tree.codes.layout,
+        )
+        columns = unpack_codes(part).T
+
+    def add(total: jax.Array, subspace: Any) -> Any:
+        row, code = subspace
+        return total + row[code.astype(jnp.int32)], None
+
+    first, _ = add(jnp.float32(0), (table[0], columns[0]))
+    total, _ = jax.lax.scan(add, first, (table[1:], columns[1:]))
+    if tree.slot_offset.shape[0]:
+        total = total + tree.slot_offset.reshape(-1, size)[blocks].reshape(-1)
+    return total
+
+
+def _candidates(
+    tree: PackedTree, q: Any, shared: Any, usable: Any, leaves_to_search: int, count: int
+) -> Candidates:
+    """The best ``count`` slots of the probed leaves by quantized score."""
+    rank = shared + tree.leaf_offset if tree.leaf_offset.shape[0] else shared
+    leaves = jax.lax.top_k(rank, min(leaves_to_search, rank.shape[0]))[1].astype(jnp.int32)
+    table = lookup_table(tree, q)
+    size = tree.block
+    count = min(count, tree.slot_rows.shape[0])
+    per_step = max(_STEP // size, -(-count // size))
+    sizes = tree.starts[leaves + 1] - tree.starts[leaves]
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    total = ends[-1]
+    lanes = jnp.arange(size, dtype=jnp.int32)
+
+    def lowest_rows(pool: Candidates) -> jax.Array:
+        rows = tree.slot_rows[jnp.maximum(pool.slots, 0)]
+        return jnp.lexsort((rows, -pool.scores))[:count].astype(jnp.int32)
+
+    def step(carry: Any) -> Any:
+        best, begin = carry
+        # The work list: place p lies in the first probed leaf whose end is beyond p.
+        place = begin + jnp.arange(per_step, dtype=jnp.int32)
+        rank = jnp.searchsorted(ends, place, side="right", method="compare_all").astype(jnp.int32)
+        rank = jnp.minimum(rank, leaves.shape[0] - 1)
+        leaf = leaves[rank]
+        block = jnp.where(place < total, tree.starts[leaf] + place - (ends - sizes)[rank], 0)
+        scores = _slot_scores(tree, table, block) + jnp.repeat(shared[leaf], size)
+        slots = (block[:, None] * size + lanes[None, :]).reshape(-1)
+        valid = jnp.repeat(place < total, size) & usable.reshape(-1, size)[block].reshape(-1)
+        scores = jnp.where(valid & ~jnp.isnan(scores), scores, -jnp.inf)
+        merged = Candidates(
+            jnp.concatenate([best.scores, scores]), jnp.concatenate([best.slots, slots])
+        )
+        top, order = jax.lax.top_k(merged.scores, count)
+        # A tie across the last place: top_k takes the first probed, the lowest row is wanted.
+        last = top[-1]
+        cut = jnp.sum(merged.scores == last) > jnp.sum(top == last)
+        order = jax.lax.cond(
+            cut & (last > -jnp.inf), lambda: lowest_rows(merged), lambda: order.astype(jnp.int32)
+        )
+        return jax.tree.map(lambda a: a[order], merged), begin + per_step
+
+    # Made from `total`, so that under shard_map the carry varies over devices from the start.
+    none = jnp.broadcast_to(total * 0, (count,))
+    empty = Candidates(none.astype(jnp.float32) - jnp.inf, none - 1)
+    best, _ = jax.lax.while_loop(lambda c: c[1] < total, step, (empty, total * 0))
+    return best._replace(slots=jnp.where(best.scores > -jnp.inf, best.slots, -1))
+
+
+def slot_scores(tree: PackedTree, q: jax.Array, slots: jax.Array) -> jax.Array:
+    """Quantized scores of some slots, differentiable in the query and the tree."""
+    slots = jnp.maximum(slots, 0)
+    block = slots // tree.block
+    leaf = jnp.searchsorted(tree.starts, block, side="right", method="compare_all") - 1
+    codes = code_rows(tree.codes, slots).astype(jnp.int32)
+    lookups = jnp.take_along_axis(lookup_table(tree, q), codes.T, axis=1)
+    scores = jnp.matmul(tree.centroids[leaf], q, precision=_HIGHEST) + jnp.sum(lookups, axis=0)
+    return scores + tree.slot_offset[slots] if tree.slot_offset.shape[0] else scores
