@@ -16,9 +16,9 @@ int64_t count_at_least(const int32_t* keys, int64_t size, int32_t pivot) {
 
 int32_t kth_largest(const int32_t* keys, int64_t size, int64_t k, CountAtLeast count) {
   int32_t least = keys[0], most = keys[0];
-  for (int64_t i = 1; i < size; ++i) {
-    least = std::min(least, keys[i]);
-    most = std::max(most, keys[i]);
+  for (int64_t i = 0; i < size; ++i) {
+    least = keys[i] < least ? keys[i] : least;
+    most = keys[i] > most ? keys[i] : most;
   }
   // count(least) >= k holds; count(above) < k is kept.
   int64_t below = least, above = static_cast<int64_t>(most) + 1;
@@ -63,6 +63,13 @@ void Collector::start(int64_t k_, int64_t capacity, bool affine_, int32_t width_
   float_threshold = -std::numeric_limits<float>::infinity();
 }
 
+void Collector::append(const Collector& other) {
+  std::copy(other.low, other.low + other.size, low + size);
+  std::copy(other.rows, other.rows + other.size, rows + size);
+  if (affine) std::copy(other.high, other.high + other.size, high + size);
+  size += other.size;
+}
+
 void Collector::raise(int32_t kth) {
   if (affine) {
     float_threshold = std::max(float_threshold, from_ordered(kth));
@@ -78,12 +85,23 @@ void Collector::shrink() {
   const int32_t kth = kth_largest(low, size, k, count_);
   raise(kth);
   int64_t kept = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    const int64_t top = affine ? high[i] : static_cast<int64_t>(low[i]) + width;
-    low[kept] = low[i];
-    rows[kept] = rows[i];
-    if (affine) high[kept] = high[i];
-    kept += top >= kth;
+  if (affine) {
+    for (int64_t i = 0; i < size; ++i) {
+      const bool keep = high[i] >= kth;
+      low[kept] = low[i];
+      high[kept] = high[i];
+      rows[kept] = rows[i];
+      kept += keep;
+    }
+  } else {
+    // low + width >= kth, without overflow; threshold is kth - width - 1 or higher.
+    const int32_t bar = threshold;
+    for (int64_t i = 0; i < size; ++i) {
+      const int32_t key = low[i];
+      low[kept] = key;
+      rows[kept] = rows[i];
+      kept += key > bar;
+    }
   }
   size = kept;
   // Too many rows within the bounds of the k-th: score them, so that the next ones must be better.

@@ -55,6 +55,8 @@ class Collector {
     if (size > limit) shrink();
   }
   void shrink();
+  // Appends the rows of another collector of the same query; capacity must hold them.
+  void append(const Collector& other);
 
   // Rows with key > threshold (without gains), or not(high < float_threshold), may matter.
   int32_t threshold = INT32_MIN;

@@ -39,7 +39,17 @@ struct Kernels {
   // Exact float scores of blocks [begin, end) of one query into out[row]; null: one row at a time.
   void (*exact_scores)(const float* padded_table, const Codes& codes, int64_t begin, int64_t end,
                        float* out);
+  // Exact float sums of chosen rows of kDwords codes; null: one row at a time. Tables as above,
+  // 16 entries a subspace; codes must be gatherable().
+  void (*exact_rows)(const float* padded_table, const Codes& codes, const int32_t* rows,
+                     int64_t count, float* out);
 };
+
+// exact_rows addresses 32-bit words by signed 32-bit indices.
+inline bool gatherable(const Codes& codes) {
+  return codes.layout == Layout::kDwords &&
+         codes.num_blocks() * codes.groups < (int64_t{1} << 27);
+}
 
 // The functions of a level, or null where this build or processor lacks it.
 const Kernels* portable_kernels();

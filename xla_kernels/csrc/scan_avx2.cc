@@ -48,6 +48,7 @@ inline void sum_part(const uint8_t* block, int64_t from, int64_t to, const ScanQ
                      __m256i (&low)[kQueries], __m256i (&high)[kQueries]) {
   const __m256i nibble = _mm256_set1_epi8(15);
   __m256i even[kQueries], odd[kQueries];
+  UNROLL
   for (int q = 0; q < kQueries; ++q) even[q] = odd[q] = _mm256_setzero_si256();
   for (int64_t g = from; g < to; ++g) {
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 64 * g));
@@ -56,9 +57,11 @@ inline void sum_part(const uint8_t* block, int64_t from, int64_t to, const ScanQ
                               _mm256_and_si256(_mm256_srli_epi16(a, 4), nibble),
                               _mm256_and_si256(b, nibble),
                               _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble)};
+    UNROLL
     for (int q = 0; q < kQueries; ++q) {
       const auto* table = static_cast<const __m128i*>(queries[q].table) + 4 * g;
       __m256i found[4];
+      UNROLL
       for (int c = 0; c < 4; ++c) {
         found[c] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(table + c)),
                                        index[c]);
@@ -70,6 +73,7 @@ inline void sum_part(const uint8_t* block, int64_t from, int64_t to, const ScanQ
       odd[q] = _mm256_add_epi16(odd[q], _mm256_srli_epi16(y, 8));
     }
   }
+  UNROLL
   for (int q = 0; q < kQueries; ++q) {
     even[q] = _mm256_sub_epi16(even[q], _mm256_slli_epi16(odd[q], 8));
     const __m256i a = _mm256_unpacklo_epi16(even[q], odd[q]);  // points 0-7 and 16-23
@@ -90,6 +94,7 @@ void scan_blocks(const Codes& codes, const RowTerms& terms, int64_t begin, int64
       for (int64_t from = 0; from < codes.groups; from += kPart) {
         const int64_t to = from + kPart < codes.groups ? from + kPart : codes.groups;
         sum_part<kQueries>(block, from, to, queries, low, high);
+        UNROLL
         for (int q = 0; q < kQueries; ++q) {
           alignas(32) uint16_t part[32];
           _mm256_store_si256(reinterpret_cast<__m256i*>(part), low[q]);
@@ -97,10 +102,12 @@ void scan_blocks(const Codes& codes, const RowTerms& terms, int64_t begin, int64
           for (int v = 0; v < 32; ++v) sums[q][v] += part[v];
         }
       }
+      UNROLL
       for (int q = 0; q < kQueries; ++q) append_block(sums[q], 32, codes, terms, i * 32, queries[q]);
       continue;
     }
     sum_part<kQueries>(block, 0, codes.groups, queries, low, high);
+    UNROLL
     for (int q = 0; q < kQueries; ++q) {
       if (!kAffine) {
         // Sums are below 2^16: skip the block unless max(sum, bar) exceeds bar, unsigned.
@@ -160,7 +167,7 @@ int64_t count(const int32_t* keys, int64_t size, int32_t pivot) {
 
 TARGET_END
 
-const Kernels kKernels = {"avx2", expanded_bytes, expand, scan, count, nullptr};
+const Kernels kKernels = {"avx2", expanded_bytes, expand, scan, count, nullptr, nullptr};
 
 }  // namespace
 

@@ -23,6 +23,7 @@ void expand(const uint8_t* rounded, Layout layout, int64_t groups, int64_t strid
   if (layout != Layout::kLanes) return portable_kernels()->expand(rounded, layout, groups, stride, out);
   auto* to = static_cast<uint8_t*>(out);
   for (int64_t g = 0; g < groups; ++g) {
+    UNROLL
     for (int c = 0; c < 4; ++c) {
       // Low nibbles hold subspaces 0 and 2, high nibbles 1 and 3.
       uint8_t* lanes = to + 128 * g + 64 * (c & 1) + 32 * (c >> 1);
@@ -42,11 +43,13 @@ inline void sum_part(const uint8_t* block, int64_t from, int64_t to, const ScanQ
                      __m512i (&sums)[kQueries]) {
   const __m512i nibble = _mm512_set1_epi8(15);
   __m512i even[kQueries], odd[kQueries];
+  UNROLL
   for (int q = 0; q < kQueries; ++q) even[q] = odd[q] = _mm512_setzero_si512();
   for (int64_t g = from; g < to; ++g) {
     const __m512i bytes = _mm512_loadu_si512(block + 64 * g);
     const __m512i first = _mm512_and_si512(bytes, nibble);
     const __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+    UNROLL
     for (int q = 0; q < kQueries; ++q) {
       const uint8_t* table = static_cast<const uint8_t*>(queries[q].table) + 128 * g;
       const __m512i pair = _mm512_add_epi8(_mm512_shuffle_epi8(_mm512_load_si512(table), first),
@@ -55,6 +58,7 @@ inline void sum_part(const uint8_t* block, int64_t from, int64_t to, const ScanQ
       odd[q] = _mm512_add_epi16(odd[q], _mm512_srli_epi16(pair, 8));
     }
   }
+  UNROLL
   for (int q = 0; q < kQueries; ++q) {
     even[q] = _mm512_sub_epi16(even[q], _mm512_slli_epi16(odd[q], 8));
     const __m256i e = _mm256_add_epi16(_mm512_castsi512_si256(even[q]),
@@ -79,6 +83,7 @@ void scan_blocks(const Codes& codes, const RowTerms& terms, int64_t begin, int64
       __m512i sums[kQueries];
       sum_part<kQueries>(block, from, to, queries, sums);
       const bool whole = codes.groups <= kPart;
+      UNROLL
       for (int q = 0; q < kQueries; ++q) {
         if (whole && !kAffine) {
           const int64_t bar =
@@ -94,6 +99,7 @@ void scan_blocks(const Codes& codes, const RowTerms& terms, int64_t begin, int64
       }
     }
     if (codes.groups <= kPart) continue;
+    UNROLL
     for (int q = 0; q < kQueries; ++q) append_block(totals[q], 32, codes, terms, i * 32, queries[q]);
   }
 }
@@ -134,7 +140,7 @@ int64_t count(const int32_t* keys, int64_t size, int32_t pivot) {
 
 TARGET_END
 
-const Kernels kKernels = {"avx512bw", expanded_bytes, expand, scan, count, nullptr};
+const Kernels kKernels = {"avx512bw", expanded_bytes, expand, scan, count, nullptr, nullptr};
 
 }  // namespace
 

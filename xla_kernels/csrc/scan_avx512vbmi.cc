@@ -29,6 +29,12 @@ void expand(const uint8_t* rounded, Layout layout, int64_t groups, int64_t strid
 
 TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,bmi2,popcnt")
 
+// sums += the four products of each lane's bytes. GCC 12 copies the accumulator of the intrinsic
+// into another register and back at every step.
+inline void dot_accumulate(__m512i& sums, __m512i bytes, __m512i weights) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(bytes), "v"(weights));
+}
+
 inline __mmask16 valid_mask(const ScanQuery& query, int64_t row, int64_t num_rows) {
   const int64_t left = num_rows - row;
   if (left <= 0) return 0;
@@ -111,36 +117,43 @@ inline void collect(const ScanQuery& query, __m512i keys, const RowTerms& terms,
 
 // kQueries queries share the indices of kBlocks blocks, which never leave the registers.
 template <int kQueries, int kBlocks, bool kAffine>
-inline void scan_dwords(const Codes& codes, const RowTerms& terms, int64_t i,
+__attribute__((always_inline)) inline void scan_dwords(const Codes& codes, const RowTerms& terms, int64_t i,
                         const ScanQuery* queries) {
   const __m512i nibble = _mm512_set1_epi8(0x0f);
   const __m512i place = _mm512_set1_epi32(0x30201000);  // 16 times the place in the group
   const __m512i ones = _mm512_set1_epi8(1);
   const int64_t groups = codes.groups;
   const uint8_t* block[kBlocks];
+  UNROLL
   for (int b = 0; b < kBlocks; ++b) block[b] = codes.block(i + b);
   __m512i sums[kQueries][2 * kBlocks];
   const uint8_t* table[kQueries];
+  UNROLL
   for (int q = 0; q < kQueries; ++q) {
     table[q] = static_cast<const uint8_t*>(queries[q].table);
+    UNROLL
     for (int b = 0; b < 2 * kBlocks; ++b) sums[q][b] = _mm512_set1_epi32(queries[q].shift);
   }
   for (int64_t g = 0; g < groups; ++g) {
     __m512i index[2 * kBlocks];
+    UNROLL
     for (int b = 0; b < kBlocks; ++b) {
       const __m512i bytes = _mm512_loadu_si512(block[b] + 64 * g);
       // (bytes & nibble) | place in one instruction
       index[2 * b] = _mm512_ternarylogic_epi32(bytes, nibble, place, 0xea);
       index[2 * b + 1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), nibble, place, 0xea);
     }
+    UNROLL
     for (int q = 0; q < kQueries; ++q) {
       const __m512i entries = _mm512_load_si512(table[q] + 64 * g);
+      UNROLL
       for (int b = 0; b < 2 * kBlocks; ++b) {
         const __m512i found = _mm512_permutexvar_epi8(index[b], entries);
-        sums[q][b] = _mm512_dpbusd_epi32(sums[q][b], found, ones);
+        dot_accumulate(sums[q][b], found, ones);
       }
     }
   }
+  UNROLL
   for (int q = 0; q < kQueries; ++q) {
     if (!kAffine) {
       // One test for all blocks: most hold no row that matters.
@@ -149,6 +162,7 @@ inline void scan_dwords(const Codes& codes, const RowTerms& terms, int64_t i,
       for (int b = 1; b < 2 * kBlocks; ++b) most = _mm512_max_epi32(most, sums[q][b]);
       if (__builtin_expect(_mm512_cmpgt_epi32_mask(most, bar) == 0, 1)) continue;
     }
+    UNROLL
     for (int b = 0; b < 2 * kBlocks; ++b) {
       collect<kAffine>(queries[q], sums[q][b], terms, i * 32 + 16 * b, codes.num_rows);
     }
@@ -181,18 +195,22 @@ inline __m512i look_up(const uint8_t* entries, __m512i index) {
 template <int kQueries, int kStride, bool kAffine>
 void scan_bytes(const Codes& codes, const RowTerms& terms, int64_t i, const ScanQuery* queries) {
   __m512i keys[kQueries][4];
+  UNROLL
   for (int q = 0; q < kQueries; ++q) {
+    UNROLL
     for (int j = 0; j < 4; ++j) keys[q][j] = _mm512_set1_epi32(queries[q].shift);
   }
   const uint8_t* block = codes.block(i);
   for (int64_t part = 0; part < codes.groups; part += 256) {
     const int64_t stop = part + 256 < codes.groups ? part + 256 : codes.groups;
     __m512i even[kQueries], odd[kQueries];
+    UNROLL
     for (int q = 0; q < kQueries; ++q) even[q] = odd[q] = _mm512_setzero_si512();
     for (int64_t s = part; s < stop; s += 2) {
       const __m512i first = _mm512_loadu_si512(block + 64 * s);
       const bool pair = s + 1 < stop;
       const __m512i second = pair ? _mm512_loadu_si512(block + 64 * (s + 1)) : first;
+      UNROLL
       for (int q = 0; q < kQueries; ++q) {
         const uint8_t* entries = static_cast<const uint8_t*>(queries[q].table) + kStride * s;
         __m512i found = look_up<kStride>(entries, first);
@@ -201,6 +219,7 @@ void scan_bytes(const Codes& codes, const RowTerms& terms, int64_t i, const Scan
         odd[q] = _mm512_add_epi16(odd[q], _mm512_srli_epi16(found, 8));
       }
     }
+    UNROLL
     for (int q = 0; q < kQueries; ++q) {
       even[q] = _mm512_sub_epi16(even[q], _mm512_slli_epi16(odd[q], 8));
       // Interleaving within 128-bit lanes gives points 16 l + 0..7 and 16 l + 8..15 of lane l.
@@ -211,6 +230,7 @@ void scan_bytes(const Codes& codes, const RowTerms& terms, int64_t i, const Scan
       const __m512i back = _mm512_permutex2var_epi64(
           a, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), b);
       const __m512i halves[2] = {front, back};
+      UNROLL
       for (int h = 0; h < 2; ++h) {
         const __m512i x = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves[h]));
         const __m512i y = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves[h], 1));
@@ -219,7 +239,9 @@ void scan_bytes(const Codes& codes, const RowTerms& terms, int64_t i, const Scan
       }
     }
   }
+  UNROLL
   for (int q = 0; q < kQueries; ++q) {
+    UNROLL
     for (int j = 0; j < 4; ++j) {
       collect<kAffine>(queries[q], keys[q][j], terms, i * 64 + 16 * j, codes.num_rows);
     }
@@ -300,9 +322,36 @@ void exact_scores(const float* padded_table, const Codes& codes, int64_t begin, 
   }
 }
 
+// Sixteen rows at a time: the 32-bit word of a row in a group holds its four codes, in the low
+// nibbles of the bytes for points 0-15 of the block and in the high ones for 16-31.
+void exact_rows(const float* padded_table, const Codes& codes, const int32_t* rows, int64_t count,
+                float* out) {
+  const __m512i stride = _mm512_set1_epi32(static_cast<int32_t>(codes.groups * 16));
+  for (int64_t i = 0; i < count; i += 16) {
+    const auto tail = static_cast<__mmask16>(count - i >= 16 ? 0xffffu : (1u << (count - i)) - 1u);
+    const __m512i row = _mm512_maskz_loadu_epi32(tail, rows + i);
+    const __m512i point = _mm512_and_si512(row, _mm512_set1_epi32(15));
+    // 4 where the row lies in the upper half of its block: the shift to its nibbles.
+    const __m512i shift = _mm512_srli_epi32(_mm512_and_si512(row, _mm512_set1_epi32(16)), 2);
+    __m512i word = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_srli_epi32(row, 5), stride), point);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t s = 0; s < codes.num_subspaces; s += 4) {
+      __m512i four = _mm512_srlv_epi32(_mm512_i32gather_epi32(word, codes.data, 4), shift);
+      word = _mm512_add_epi32(word, _mm512_set1_epi32(16));
+      const int64_t stop = s + 4 < codes.num_subspaces ? s + 4 : codes.num_subspaces;
+      for (int64_t c = s; c < stop; ++c) {
+        sum = _mm512_add_ps(sum, _mm512_permutexvar_ps(four, _mm512_loadu_ps(padded_table + 16 * c)));
+        four = _mm512_srli_epi32(four, 8);
+      }
+    }
+    _mm512_mask_storeu_ps(out + i, tail, sum);
+  }
+}
+
 TARGET_END
 
-const Kernels kKernels = {"avx512vbmi", expanded_bytes, expand, scan, count, exact_scores};
+const Kernels kKernels = {"avx512vbmi", expanded_bytes, expand, scan, count, exact_scores,
+                          exact_rows};
 
 }  // namespace
 

@@ -82,7 +82,7 @@ int64_t count(const int32_t* keys, int64_t size, int32_t pivot) {
   return count_at_least(keys, size, pivot);
 }
 
-const Kernels kKernels = {"neon", expanded_bytes, expand, scan, count, nullptr};
+const Kernels kKernels = {"neon", expanded_bytes, expand, scan, count, nullptr, nullptr};
 
 }  // namespace
 

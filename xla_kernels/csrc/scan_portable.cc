@@ -80,7 +80,7 @@ void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
   }
 }
 
-const Kernels kPortable = {"portable", expanded_bytes, expand, scan, count_at_least, nullptr};
+const Kernels kPortable = {"portable", expanded_bytes, expand, scan, count_at_least, nullptr, nullptr};
 
 }  // namespace
 

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 namespace xla_kernels {
 
@@ -16,23 +17,26 @@ TableBounds round_table(const float* table, Layout layout, int64_t num_subspaces
   const int64_t stride = table_stride(layout, num_codewords);
   std::memset(out, 0, static_cast<size_t>(rounded_table_bytes(layout, num_subspaces, num_codewords)));
 
+  std::vector<float> low_storage(static_cast<size_t>(num_subspaces));
+  float* lows = low_storage.data();
   float poison = 0, range = 0, magnitude = 0;
   double base = 0;
   bool integers = true;
   for (int64_t s = 0; s < num_subspaces; ++s) {
     const float* entries = table + s * num_codewords;
     float low = entries[0], high = entries[0];
-    int32_t fractional = 0;
     for (int64_t j = 0; j < num_codewords; ++j) {
       const float t = entries[j];
       low = t < low ? t : low;
       high = t > high ? t : high;
       poison += t * 0.0f;
-      // Truncation is exact wherever it matters: larger entries fail the magnitude test below.
-      const float small = t < 1e9f && t > -1e9f ? t : 0.5f;
-      fractional |= static_cast<float>(static_cast<int32_t>(small)) != small;
     }
-    integers &= fractional == 0;
+    // The first fraction ends the search for integers.
+    for (int64_t j = 0; integers && j < num_codewords; ++j) {
+      const float t = entries[j];
+      integers = t < 1e9f && t > -1e9f && static_cast<float>(static_cast<int32_t>(t)) == t;
+    }
+    lows[s] = low;
     range = high - low > range ? high - low : range;
     magnitude += std::fabs(low) > std::fabs(high) ? std::fabs(low) : std::fabs(high);
     base += low;
@@ -52,8 +56,8 @@ TableBounds round_table(const float* table, Layout layout, int64_t num_subspaces
   float remainders = 0;
   for (int64_t s = 0; s < num_subspaces; ++s) {
     const float* entries = table + s * num_codewords;
-    float low = entries[0], worst = 0;
-    for (int64_t j = 1; j < num_codewords; ++j) low = entries[j] < low ? entries[j] : low;
+    const float low = lows[s];
+    float worst = 0;
     uint8_t* to = out + s * stride;
     for (int64_t j = 0; j < num_codewords; ++j) {
       const float x = (entries[j] - low) * scale;

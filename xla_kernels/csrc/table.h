@@ -39,6 +39,12 @@ inline int64_t rounded_table_bytes(Layout layout, int64_t num_subspaces, int64_t
   return groups_of(layout, num_subspaces) * per_group * table_stride(layout, num_codewords);
 }
 
+inline float finish_score(float sum, const float* gain, const float* offset, int64_t row) {
+  if (gain != nullptr) sum *= gain[row];
+  if (offset != nullptr) sum += offset[row];
+  return sum + 0.0f;  // -0 becomes 0
+}
+
 // Score of one row, summed in float32 from subspace 0 upward as the reference does. Codes beyond
 // the table read its last entry: a corrupt code gives a wrong score but no wild read.
 inline float exact_score(const float* table, int64_t num_codewords, const Codes& codes,
@@ -48,9 +54,7 @@ inline float exact_score(const float* table, int64_t num_codewords, const Codes&
   visit_row(codes, row, [&](int64_t s, uint32_t code) {
     sum += table[s * num_codewords + (code < last ? code : last)];
   });
-  if (gain != nullptr) sum *= gain[row];
-  if (offset != nullptr) sum += offset[row];
-  return sum + 0.0f;  // -0 becomes 0
+  return finish_score(sum, gain, offset, row);
 }
 
 }  // namespace xla_kernels

@@ -14,3 +14,10 @@
   _Pragma("GCC push_options") XLA_KERNELS_PRAGMA(GCC target(features))
 #define TARGET_END _Pragma("GCC pop_options")
 #endif
+
+// Register arrays stay in registers only if the loops over them are unrolled.
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif

@@ -37,6 +37,15 @@ struct Scorer final : ExactScorer {
   }
 };
 
+// Subspaces of 16 entries each; a code beyond the table reads the last entry, as in exact_score.
+void pad_table(const float* table, int64_t num_subspaces, int64_t num_codewords, float* out) {
+  for (int64_t s = 0; s < num_subspaces; ++s) {
+    for (int64_t j = 0; j < 16; ++j) {
+      out[s * 16 + j] = table[s * num_codewords + std::min(j, num_codewords - 1)];
+    }
+  }
+}
+
 void prefetch_row(const Codes& codes, int64_t row) {
   const uint8_t* block = codes.block(row / codes.block_rows());
   const int64_t within = row % codes.block_rows();
@@ -127,26 +136,20 @@ class Tile {
   void finish(int64_t j) {
     const int64_t q = live_[static_cast<size_t>(j)];
     Collector* parts = &collectors_[static_cast<size_t>(j * shards_)];
-    std::vector<int32_t> low;
-    std::vector<int32_t> rows;
-    std::vector<int64_t> high;
-    for (int64_t s = 0; s < shards_; ++s) {
-      const Collector& part = parts[s];
-      low.insert(low.end(), part.low, part.low + part.size);
-      rows.insert(rows.end(), part.rows, part.rows + part.size);
-      for (int64_t i = 0; i < part.size; ++i) {
-        high.push_back(affine_ ? part.high[i] : static_cast<int64_t>(part.low[i]) + part.width);
-      }
+    if (shards_ == 1) {
+      parts[0].shrink();
+      write(q, parts[0].rows, parts[0].size);
+      return;
     }
-    const auto size = static_cast<int64_t>(low.size());
-    const int64_t bar =
-        size > a_.k ? kth_largest(low.data(), size, a_.k, kernels_.count) : INT32_MIN;
-    size_t kept = 0;
-    for (size_t i = 0; i < rows.size(); ++i) {
-      if (high[i] >= bar) rows[kept++] = rows[i];
-    }
-    rows.resize(kept);
-    write(q, rows);
+    int64_t size = 0;
+    for (int64_t s = 0; s < shards_; ++s) size += parts[s].size;
+    Collector whole;
+    const TableBounds& bounds = bounds_[static_cast<size_t>(q)];
+    whole.start(a_.k, size + 64, affine_, parts[0].width, bounds.base, bounds.delta,
+                &scorers_[static_cast<size_t>(q)], kernels_.count);
+    for (int64_t s = 0; s < shards_; ++s) whole.append(parts[s]);
+    whole.shrink();
+    write(q, whole.rows, whole.size);
   }
 
   // Queries that the scan leaves out: not finite, no results; unbounded, every row exactly.
@@ -162,7 +165,7 @@ class Tile {
           if (valid == nullptr || valid[i] != 0) rows.push_back(static_cast<int32_t>(i));
         }
       }
-      write(q, rows);
+      write(q, rows.data(), static_cast<int64_t>(rows.size()));
     }
   }
 
@@ -176,15 +179,38 @@ class Tile {
     if (a_.valid_queries == 0) return nullptr;
     return a_.valid + (a_.valid_queries == 1 ? 0 : (first_ + q) * a_.codes.num_rows);
   }
-  void write(int64_t q, const std::vector<int32_t>& rows) {
-    constexpr size_t kAhead = 8;
+  // Scores rows exactly and writes the best. Rows come roughly in ascending order.
+  void write(int64_t q, const int32_t* rows, int64_t size) {
     std::vector<uint64_t> keys;
-    keys.reserve(rows.size());
-    for (size_t i = 0; i < std::min(kAhead, rows.size()); ++i) prefetch_row(a_.codes, rows[i]);
-    for (size_t i = 0; i < rows.size(); ++i) {
-      if (i + kAhead < rows.size()) prefetch_row(a_.codes, rows[i + kAhead]);
-      const float score = scorers_[static_cast<size_t>(q)].score(rows[i]);
-      if (score > kMinusInfinity) keys.push_back(best_key(score, rows[i]));  // false for NaN
+    keys.reserve(static_cast<size_t>(size));
+    const auto push = [&](float score, int32_t row) {
+      if (score > kMinusInfinity) keys.push_back(best_key(score, row));  // false for NaN
+    };
+    const bool vector = kernels_.exact_rows != nullptr && gatherable(a_.codes);
+    const float* table = table_of(q);
+    std::vector<float> padded;
+    if (vector && a_.num_codewords != 16) {
+      const int64_t m = a_.codes.num_subspaces;
+      padded.resize(static_cast<size_t>(m) * 16);
+      pad_table(table, m, a_.num_codewords, padded.data());
+      table = padded.data();
+    }
+    constexpr int64_t kStep = 16;
+    for (int64_t i = 0; i < std::min(kStep, size); ++i) prefetch_row(a_.codes, rows[i]);
+    for (int64_t i = 0; i < size; i += kStep) {
+      const int64_t end = std::min(i + kStep, size);
+      for (int64_t j = end; j < std::min(end + kStep, size); ++j) prefetch_row(a_.codes, rows[j]);
+      if (vector) {
+        float sums[kStep];
+        kernels_.exact_rows(table, a_.codes, rows + i, end - i, sums);
+        for (int64_t j = i; j < end; ++j) {
+          push(finish_score(sums[j - i], a_.terms.gain, a_.terms.offset, rows[j]), rows[j]);
+        }
+      } else {
+        for (int64_t j = i; j < end; ++j) {
+          push(scorers_[static_cast<size_t>(q)].score(rows[j]), rows[j]);
+        }
+      }
     }
     const int64_t at = (first_ + q) * a_.k;
     write_best(keys.data(), static_cast<int64_t>(keys.size()), a_.k, a_.scores + at, a_.ids + at);
@@ -252,11 +278,7 @@ void all_scores(const ScoresArguments& a, Pool& pool) {
   // Tables padded to 16 entries, one query after another.
   AlignedBytes padded(vector ? a.num_queries * m * 64 + 64 : 64);
   auto* entries = reinterpret_cast<float*>(padded.data);
-  for (int64_t i = 0; vector && i < a.num_queries * m; ++i) {
-    for (int64_t j = 0; j < 16; ++j) {
-      entries[i * 16 + j] = a.tables[i * a.num_codewords + std::min(j, a.num_codewords - 1)];
-    }
-  }
+  if (vector) pad_table(a.tables, a.num_queries * m, a.num_codewords, entries);
   const int64_t threads = a.num_queries * n >= 2 * kRowsPerShard ? usable_threads(pool) : 1;
   parallel_for(pool, threads, a.num_queries * tasks_per_query, [&](int64_t task) {
     const int64_t q = task / tasks_per_query;
@@ -271,10 +293,7 @@ void all_scores(const ScoresArguments& a, Pool& pool) {
         table.exact_scores(entries + q * m * 16, a.codes, i, stop, sums);
         const int64_t until = std::min(stop * 32, n);
         for (int64_t row = i * 32; row < until; ++row) {
-          float score = sums[row - i * 32];
-          if (a.terms.gain != nullptr) score *= a.terms.gain[row];
-          if (a.terms.offset != nullptr) score += a.terms.offset[row];
-          out[row] = score;
+          out[row] = finish_score(sums[row - i * 32], a.terms.gain, a.terms.offset, row);
         }
       }
       return;
