@@ -115,6 +115,8 @@ def _scores_of(
     euclidean: bool,
 ) -> jax.Array:
     """Scores of found rows as a differentiable function of the operands."""
+    # Queries without results: NaN times a zero cotangent would still be NaN.
+    queries = jnp.where(jnp.isfinite(queries).all(axis=1, keepdims=True), queries, 0)
     if rescore:
 
         def exact(q: jax.Array, numbers: jax.Array) -> jax.Array:
