@@ -1,1 +1,18 @@
 """Section 4 of the paper: codebooks learned under the score-aware loss."""
+
+from avq_jax.quantization.codebook import Codebook
+from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
+from avq_jax.quantization.lloyd import History, LloydState, fit, lloyd_init, lloyd_update
+
+__all__ = [
+    "Codebook",
+    "Codes",
+    "History",
+    "LloydState",
+    "decode",
+    "encode",
+    "fit",
+    "lloyd_init",
+    "lloyd_update",
+    "lookup_table",
+]
