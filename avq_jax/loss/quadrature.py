@@ -46,8 +46,10 @@ def _log_integrand(
     w = jnp.broadcast_to(jnp.asarray(weight(t)).astype(t.dtype), t.shape)
     vanishes = w <= 0
     log_w = jnp.where(vanishes, -jnp.inf, jnp.log(jnp.where(vanishes, 1, w)))
-    # log cos through sin: exact to first order near 0, where cos(phi)^10000 needs it
-    log_cos = 0.5 * jnp.log1p(-jnp.minimum(jnp.sin(phi) ** 2, 1 - jnp.finfo(t.dtype).eps))
+    # through sin near 0, where cos(phi)^10000 needs it; through cos near the poles
+    sine2 = jnp.sin(phi) ** 2
+    cosine = jnp.maximum(jnp.cos(phi), jnp.finfo(t.dtype).tiny)
+    log_cos = jnp.where(sine2 < 0.5, 0.5 * jnp.log1p(-jnp.minimum(sine2, 0.5)), jnp.log(cosine))
     return log_w + exponent * log_cos
 
 
@@ -73,7 +75,7 @@ def _window(
         return jnp.where(hit, out, middle), jnp.where(hit, middle, into)
 
     ends_out, _ = lax.fori_loop(0, _BISECTIONS, bisect, (outer, inner))
-    return ends_out[0], ends_out[1]
+    return lax.stop_gradient(ends_out[0]), lax.stop_gradient(ends_out[1])
 
 
 def _row_moments(weight: Callable[[Array], Array], norm: Array, *, dim: int) -> tuple[Array, Array]:
@@ -81,7 +83,7 @@ def _row_moments(weight: Callable[[Array], Array], norm: Array, *, dim: int) -> 
     # the two integrands together are w cos^{d-2}; d = 1 has the one, w cos
     exponent = abs(dim - 2)
     fixed_weight = jax.tree.map(
-        lambda leaf: leaf if callable(leaf) else lax.stop_gradient(leaf), weight
+        lambda leaf: lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, weight
     )
     fixed_norm = lax.stop_gradient(norm)
 
@@ -100,20 +102,20 @@ def _row_moments(weight: Callable[[Array], Array], norm: Array, *, dim: int) -> 
     nodes, node_weights = _composite_rule()
     phi = low + (high - low) * jnp.asarray(nodes, dtype)
     log_rule = jnp.asarray(np.log(node_weights), dtype)
-    log_terms = _log_integrand(weight, norm, phi, dim) + log_rule
+    log_terms = _log_integrand(weight, norm, phi, exponent) + log_rule
     top = lax.stop_gradient(jnp.max(log_terms))
     some = top > -jnp.inf
     top = jnp.where(some, top, 0)
     terms = jnp.exp(jnp.where(some, log_terms - top, 0))
-    orthogonal = jnp.sum(terms)
+    orthogonal = jnp.sum(terms if dim == 1 else terms * jnp.cos(phi) ** 2)
     log_orthogonal = jnp.where(some, jnp.log(orthogonal) + top + jnp.log(high - low), -jnp.inf)
     if dim == 1:
         # the limit d -> 1 of Theorem 3.2: the sphere is the two points +-x/||x||
         ends = _log_integrand(weight, norm, jnp.stack([-half_turn, half_turn]), 0)
-        safe = jnp.where(some, log_orthogonal, 0)
-        return log_orthogonal, jnp.where(some, jnp.sum(jnp.exp(ends - safe)), 1)
-    parallel = (dim - 1) * jnp.sum(terms * jnp.tan(phi) ** 2)
-    return log_orthogonal, jnp.where(some, parallel / orthogonal, 1)
+        eta = jnp.sum(jnp.exp(ends - jnp.where(some, log_orthogonal, 0)))
+    else:
+        eta = (dim - 1) * jnp.sum(terms * jnp.sin(phi) ** 2) / orthogonal
+    return log_orthogonal, jnp.where(some, eta, 1)
 
 
 def quadrature_moments(

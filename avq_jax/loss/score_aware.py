@@ -21,8 +21,28 @@ class QueryTerms(NamedTuple):
     (5, 2)
     """
 
-    directions: Float[Array, "*n_R_d"]
-    weights: Float[Array, "*n_R"]
+    directions: Float[Array, "n R d"]
+    weights: Float[Array, "n R"]
+
+
+def _check_shape(a: ArrayLike, name: str, shape: tuple[int, ...], rule: str) -> None:
+    if jnp.shape(a) != shape:
+        raise ValueError(f"{name} must have shape {rule} = {shape}, got {jnp.shape(a)}")
+
+
+def _split(
+    x: ArrayLike, x_tilde: ArrayLike, direction: ArrayLike | None
+) -> tuple[Array, Array, Array]:
+    """Return (r, <r, u>, u) in the precision of the computation."""
+    if jnp.ndim(x) != 2:
+        raise ValueError(f"x must have shape [n, d], got {jnp.shape(x)}")
+    x = _as_float(x)
+    _check_shape(x_tilde, "x_tilde", x.shape, "[n, d]")
+    if direction is not None:
+        _check_shape(direction, "direction", x.shape, "[n, d]")
+    r = x - _as_float(x_tilde).astype(x.dtype)
+    u = _unit(x if direction is None else _as_float(direction).astype(x.dtype))
+    return r, jnp.sum(u * r, axis=-1), u
 
 
 def _as_float(a: ArrayLike) -> Array:
@@ -89,6 +109,9 @@ def residuals(
         (r_parallel, r_orthogonal), [n, d] each, float32 (float64 for float64 rows). Gradients are
         finite, at zero rows too.
 
+    Raises:
+        ValueError: a shape is not [n, d], the same for all.
+
     >>> import jax.numpy as jnp
     >>> parallel, orthogonal = residuals(jnp.array([[2.0, 0.0]]), jnp.array([[1.5, 0.25]]))
     >>> print(parallel, orthogonal)
@@ -96,10 +119,8 @@ def residuals(
 
     Reference: Guo et al. 2020, Section 3.1.
     """
-    x = _as_float(x)
-    r = x - _as_float(x_tilde).astype(x.dtype)
-    u = _unit(x if direction is None else _as_float(direction).astype(x.dtype))
-    parallel = jnp.sum(u * r, axis=-1, keepdims=True) * u
+    r, along, u = _split(x, x_tilde, direction)
+    parallel = along[:, None] * u
     return parallel, r - parallel
 
 
@@ -131,6 +152,9 @@ def score_aware_loss(
         [n], at least 0, float32 (float64 for float64 rows). A zero direction leaves
         orthogonal ||r||^2. Residuals above 1e19 overflow to inf in float32.
 
+    Raises:
+        ValueError: a shape does not agree with [n, d].
+
     >>> import jax.numpy as jnp
     >>> weights = Scaling(parallel=jnp.array([4.0]), orthogonal=jnp.array([1.0]))
     >>> score_aware_loss(jnp.array([[2.0, 0.0]]), jnp.array([[1.5, 0.5]]), weights)
@@ -138,16 +162,21 @@ def score_aware_loss(
 
     Reference: Guo et al. 2020, Definition 3.1, Theorem 3.2.
     """
-    x = _as_float(x)
-    r = x - _as_float(x_tilde).astype(x.dtype)
-    u = _unit(x if direction is None else _as_float(direction).astype(x.dtype))
-    along = jnp.sum(u * r, axis=-1)
+    r, along, u = _split(x, x_tilde, direction)
+    n, d = r.shape
+    _check_shape(scaling.parallel, "scaling.parallel", (n,), "[n]")
+    _check_shape(scaling.orthogonal, "scaling.orthogonal", (n,), "[n]")
     across = r - along[:, None] * u
-    parallel = jnp.asarray(scaling.parallel).astype(x.dtype)
-    orthogonal = jnp.asarray(scaling.orthogonal).astype(x.dtype)
-    loss = parallel * along**2 + orthogonal * jnp.sum(across * across, axis=-1)
+    parallel = jnp.asarray(scaling.parallel).astype(r.dtype)
+    orthogonal = jnp.asarray(scaling.orthogonal).astype(r.dtype)
+    loss = parallel * along**2 + orthogonal * jnp.sum(across * across, axis=-1)  # Thm 3.2
     if extra is None:
         return loss
-    directions = jnp.asarray(extra.directions).astype(x.dtype)
-    products = jnp.einsum("nrd,nd->nr", directions, r, precision=lax.Precision.HIGHEST)
-    return loss + jnp.sum(jnp.asarray(extra.weights).astype(x.dtype) * products**2, axis=-1)
+    directions, weights = jnp.asarray(extra.directions), jnp.asarray(extra.weights)
+    R = directions.shape[1] if directions.ndim == 3 else -1
+    _check_shape(directions, "extra.directions", (n, R, d), "[n, R, d]")
+    _check_shape(weights, "extra.weights", (n, R), "[n, R]")
+    products = jnp.einsum(
+        "nrd,nd->nr", directions.astype(r.dtype), r, precision=lax.Precision.HIGHEST
+    )
+    return loss + jnp.sum(weights.astype(r.dtype) * products**2, axis=-1)

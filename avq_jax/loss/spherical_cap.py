@@ -29,13 +29,9 @@ GAP = 2.0**-20
 
 
 def _log_half_cap(dim: int) -> float:
-    """Return log I_d(0) = log(int_0^{pi/2} sin^d) in double precision."""
-    return (
-        0.5 * math.log(math.pi)
-        - math.log(2)
-        + math.lgamma((dim + 1) / 2)
-        - math.lgamma(dim / 2 + 1)
-    )
+    """Return log I_d(0) in double precision, by d I_d(0) = (d - 1) I_{d-2}(0)."""
+    start = 0.0 if dim % 2 else math.log(math.pi / 2)
+    return math.fsum([start, *(math.log1p(-1 / k) for k in range(dim, 1, -2))])
 
 
 def _tail_fraction(y: Array, dim: int, terms: int) -> Array:
