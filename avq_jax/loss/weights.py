@@ -98,7 +98,7 @@ class Power:
     p: Any
 
     def __post_init__(self) -> None:
-        _check_parameter(self.p, "p", minimum=0)
+        _check_parameter(self.p, "p", minimum=0.0)
 
     def __call__(self, t: Real[ArrayLike, "..."]) -> Float[Array, "..."]:
         """Evaluate w(t) elementwise.
