@@ -17,7 +17,7 @@ from avq_jax.quantization.assignment import assign, block_size
 from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
 from avq_jax.quantization.rows import Rows, in_blocks, quadratic_form, split
 
-__all__ = ["Codebook", "as_learning_rows", "encode_rows"]
+__all__ = ["Codebook", "as_learning_rows", "check_magnitude", "encode_rows"]
 
 # Rows handed to one compiled call by the host loop of `encode`.
 _CHUNK = 1 << 17
@@ -108,7 +108,7 @@ def as_learning_rows(
     n, d = x.shape
     if dim is not None and d != dim:
         raise ValueError(f"x must have the width of the codec, {dim}; got rows of width {d}")
-    _check_magnitude(x)
+    check_magnitude(x)
     if scaling is None:
         scaling = Scaling(np.ones(n, np.float32), np.ones(n, np.float32))
     parts = [_vector(getattr(scaling, f), f"scaling.{f}", n) for f in Scaling._fields]
@@ -129,7 +129,7 @@ def as_learning_rows(
     return Rows(x, Scaling(*parts), direction, extra)
 
 
-def _check_magnitude(x: Any) -> None:
+def check_magnitude(x: Any) -> None:
     if is_traced(x) or x.size == 0:
         return
     peak = float(np.max(np.abs(x))) if isinstance(x, np.ndarray) else float(jnp.max(jnp.abs(x)))
