@@ -218,7 +218,7 @@ def glove_50d() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_queries(
-    key: Any, x: Float[Array | np.ndarray, "n d"], num_queries: int
+    key: Any, x: Float[Array | np.ndarray, "n d"], num_queries: Any
 ) -> tuple[Float[Array | np.ndarray, "rest d"], Float[Array | np.ndarray, "num_queries d"]]:
     """Hold out random rows as queries.
 
@@ -247,12 +247,12 @@ def split_queries(
 
 def clustered(
     key: Any,
-    n: int,
-    dim: int,
+    n: Any,
+    dim: Any,
     *,
-    num_clusters: int | None = None,
-    spread: float = 1.0,
-    norm_spread: float = 0.0,
+    num_clusters: Any = None,
+    spread: Any = 1.0,
+    norm_spread: Any = 0.0,
 ) -> Float32[Array, "n dim"]:
     r"""Draw rows that look like learned embeddings: clusters of uneven size, isotropic as a whole.
 

@@ -16,7 +16,7 @@ _TIE = 1e-6  # scores closer than this, relatively, are one score summed in two 
 
 
 def query_recalls(
-    ids: Any, true_ids: Any, *, k: int | None = None, scores: Any = None, true_scores: Any = None
+    ids: Any, true_ids: Any, *, k: Any = None, scores: Any = None, true_scores: Any = None
 ) -> Float[Array | np.ndarray, "b"]:
     """Give each query's recall k@k: the fraction of its true best k among the first k returned.
 
@@ -69,7 +69,7 @@ def query_recalls(
 
 
 def recall_k_at_k(
-    ids: Any, true_ids: Any, *, k: int | None = None, scores: Any = None, true_scores: Any = None
+    ids: Any, true_ids: Any, *, k: Any = None, scores: Any = None, true_scores: Any = None
 ) -> Any:
     """Give recall k@k, the mean fraction of the true best k among the first k returned.
 
@@ -97,7 +97,7 @@ def recall_k_at_k(
     return _mean(query_recalls(ids, true_ids, k=k, scores=scores, true_scores=true_scores))
 
 
-def recall_1_at_n(ids: Any, true_ids: Any, *, n: int | None = None) -> Any:
+def recall_1_at_n(ids: Any, true_ids: Any, *, n: Any = None) -> Any:
     """Give recall 1@n, the share of queries whose true best row is among the first n returned.
 
     Args:
@@ -165,7 +165,7 @@ def relative_error(estimate: Any, exact: Any) -> Any:
     return _mean(xp.where(usable, xp.abs((exact - estimate) / safe), xp.nan))
 
 
-def recall_interval(recalls: Any, *, confidence: float = 0.95) -> tuple[float, float]:
+def recall_interval(recalls: Any, *, confidence: Any = 0.95) -> tuple[float, float]:
     """Give a confidence interval of the mean recall (Wilson's score interval).
 
     A query is one trial. For fractions between 0 and 1 the variance is at most that of a coin

@@ -16,8 +16,11 @@ METRICS = ("dot", "cosine", "l2")
 
 _QUERY_BLOCK = 256
 _BLOCK_ELEMENTS = 2**20  # scores held at a time: 4 MB
-_GATHER_ELEMENTS = 2**22  # floats gathered at a time by the rescoring
-_SPARE = 16  # candidates beyond k, for rows that the selection ranks a rounding error apart
+_MAXIMA_ELEMENTS = 2**24  # group maxima held at a time: 64 MB at most
+_GATHER_ELEMENTS = 2**22  # floats gathered at a time by the rescoring: 16 MB
+_ROW_BLOCK = 2**14
+_GROUP = 16  # adjacent rows that share one maximum
+_SPARE = 4  # groups beyond k, for rows that the selection ranks a rounding error apart
 _SAMPLE = 256  # rows that set the origin and the unit of the l2 selection
 _MAX = float(jnp.finfo(jnp.float32).max)
 
@@ -33,7 +36,7 @@ class SearchResult(NamedTuple):
     ids: Int32[Array, "*b k"]
 
 
-def brute_force(queries: Any, x: Any, *, k: int, metric: str = "dot") -> SearchResult:
+def brute_force(queries: Any, x: Any, *, k: Any, metric: str = "dot") -> SearchResult:
     r"""Search all rows of ``x`` exactly.
 
     The score of row x for query q is :math:`\langle q, x \rangle` for ``"dot"``,
@@ -98,28 +101,42 @@ def _brute_force(
         return SearchResult(scores, ids), ~jnp.all(jnp.isfinite(x))
     usable = jnp.isfinite(queries).all(axis=1)
     safe = jnp.where(usable[:, None], queries, jnp.float32(0))
-    candidates, suspect = _candidates(
-        lax.stop_gradient(safe), lax.stop_gradient(x), count=min(n, kept + _SPARE), metric=metric
-    )
+    fixed = lax.stop_gradient((safe, x))
+    groups, suspect = _best_groups(*fixed, count=kept + _SPARE, metric=metric)
+    size = _group_size(n)
+
+    def select(args):
+        q, starts, floors, ok = args
+        rows = (starts[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]).reshape(-1)
+        alive = ok & (rows >= jnp.repeat(floors, size)) & (rows < n)
+        scores, _ = _exact_scores(q, fixed[1][jnp.minimum(rows, n - 1)], metric=metric)
+        # Without the second condition a NaN would rank first.
+        scores = jnp.where(alive & jnp.isfinite(scores), scores, -jnp.inf)
+        best, order = lax.top_k(scores, kept)
+        return jnp.where(best > -jnp.inf, rows[order], -1)
 
     def rescore(args):
-        q, ids, ok = args
-        scores, factor = _exact_scores(q, x[jnp.maximum(ids, 0)], metric=metric)
-        best, order = lax.top_k(jnp.where((ids >= 0) & ok, scores, -jnp.inf), kept)
+        q, rows = args
+        scores, factor = _exact_scores(q, x[jnp.maximum(rows, 0)], metric=metric)
+        best, order = lax.top_k(jnp.where(rows >= 0, scores, -jnp.inf), kept)
         found = best > -jnp.inf
         best = jnp.clip(jnp.where(found, best, jnp.float32(0)) * factor * factor, -_MAX, _MAX)
-        return jnp.where(found, best, -jnp.inf), jnp.where(found, ids[order], -1)
+        return jnp.where(found, best, -jnp.inf), jnp.where(found, rows[order], -1)
 
-    args = (safe, candidates, usable)
-    per_step = max(1, _GATHER_ELEMENTS // (candidates.shape[1] * x.shape[1]))
-    if b <= per_step:
-        scores, ids = jax.vmap(rescore)(args)
-    else:
-        scores, ids = lax.map(rescore, args, batch_size=per_step)
+    rows = _map(select, (fixed[0], *groups, usable), groups[0].shape[1] * size * x.shape[1])
+    scores, ids = _map(rescore, (safe, rows), kept * x.shape[1])
     padding = ((0, 0), (0, k - kept))
     scores = jnp.pad(scores, padding, constant_values=-jnp.inf)
     ids = jnp.pad(ids, padding, constant_values=-1)
     return SearchResult(scores, ids), suspect
+
+
+def _map(function, args, elements):
+    """Map over queries, as many at a time as ``elements`` gathered for each allow."""
+    at_a_time = max(1, _GATHER_ELEMENTS // elements)
+    if args[0].shape[0] <= at_a_time:
+        return jax.vmap(function)(args)
+    return lax.map(function, args, batch_size=at_a_time)
 
 
 def _exact_scores(
@@ -138,53 +155,64 @@ def _exact_scores(
     return (q[None, :] / factor / factor * x).sum(axis=1), factor
 
 
-def _candidates(
+def _group_size(n: int) -> int:
+    return min(_GROUP, n)
+
+
+def _best_groups(
     queries: Float[Array, "b d"], x: Float[Array, "n d"], *, count: int, metric: str
-) -> tuple[Int32[Array, "b r"], Bool[Array, ""]]:
-    """Find rows that hold the best ``count`` up to rounding, ascending; flag non-finite rows."""
+) -> tuple[tuple[Int32[Array, "b g"], Int32[Array, "b g"]], Bool[Array, ""]]:
+    """Find the groups of adjacent rows with the ``count`` best maxima; they hold the best rows.
+
+    Gives the first row of each group, ascending, the first row that counts in it (a group of the
+    last block may reach into the block before), and whether a row of x is not finite.
+    """
     b, d = queries.shape
+    n = x.shape[0]
     # The order of a query's scores does not change with its length; this length cannot overflow.
     largest = _power_of_two(jnp.abs(queries).max(axis=1, keepdims=True))
-    if metric != "l2":
-        queries = queries / largest / jnp.float32(d)
-        origin, unit, shrink = jnp.zeros(d, jnp.float32), jnp.float32(1), jnp.ones((b, 1))
-    else:
+    if metric == "l2":
         origin, unit = _origin_and_unit(x)
-        queries = queries / unit - origin[None, :]
         shrink = jnp.maximum(largest / unit, jnp.float32(1))
-        queries = queries / shrink / jnp.float32(d)
+        queries = (queries / unit - origin[None, :]) / shrink / jnp.float32(d)
+    else:
+        origin, unit, shrink = jnp.zeros(d, jnp.float32), jnp.float32(1), jnp.ones_like(largest)
+        queries = queries / largest / jnp.float32(d)
 
     def one_block(args):
         return _scan(*args, x, origin, unit, count=count, metric=metric)
 
-    if b <= _QUERY_BLOCK:
-        return one_block((queries, shrink.astype(jnp.float32)))
-    whole = b - b % _QUERY_BLOCK
-    split = jax.tree.map(
-        lambda a: a[:whole].reshape(-1, _QUERY_BLOCK, a.shape[1]), (queries, shrink)
-    )
-    ids, suspect = lax.map(one_block, split)
-    ids, suspect = ids.reshape(whole, count), suspect.any()
+    size = max(1, min(_QUERY_BLOCK, _MAXIMA_ELEMENTS * _group_size(n) // n))
+    if b <= size:
+        return one_block((queries, shrink))
+    whole = b - b % size
+    split = jax.tree.map(lambda a: a[:whole].reshape(-1, size, a.shape[1]), (queries, shrink))
+    groups, suspect = lax.map(one_block, split)
+    groups = jax.tree.map(lambda a: a.reshape(whole, a.shape[2]), groups)
     if whole < b:
         last, _ = one_block((queries[whole:], shrink[whole:]))
-        ids = jnp.concatenate([ids, last])
-    return ids, suspect
+        groups = jax.tree.map(lambda a, z: jnp.concatenate([a, z]), groups, last)
+    return groups, suspect.any()
 
 
 def _scan(queries, shrink, x, origin, unit, *, count, metric):
     (b, d), n = queries.shape, x.shape[0]
-    size = min(n, max(_BLOCK_ELEMENTS // b, 4 * count, 1024))
-    starts = jnp.arange(-(-n // size), dtype=jnp.int32) * jnp.int32(size)
+    group = _group_size(n)
+    # A slice of x is copied, so few scores take x in one piece; l2 would copy that.
+    if b * n <= _BLOCK_ELEMENTS and (metric != "l2" or n <= _ROW_BLOCK):
+        size = n
+    else:
+        size = min(n, _ROW_BLOCK, max(_BLOCK_ELEMENTS // b, 1024)) // group * group
+    blocks, per_block = -(-n // size), -(-size // group)
 
-    def step(carry, start):
-        best, ids, suspect = carry
+    def maxima(start):
         first = jnp.minimum(start, n - size)  # the last block overlaps the one before it
-        rows = lax.dynamic_slice_in_dim(x, first, size)
+        rows = x if blocks == 1 else lax.dynamic_slice_in_dim(x, first, size)
         if metric == "l2":
             rows = rows / unit - origin[None, :]
         products = lax.dot_general(queries, rows, (((1,), (1,)), ((), ())))
         # A NaN or Inf in a row leaves no product with it finite: 0 * Inf is NaN as well.
-        suspect = suspect | ~jnp.isfinite(products[0]).all()
+        suspect = ~jnp.isfinite(products[0]).all()
         numbers = first + jnp.arange(size, dtype=jnp.int32)
         valid = jnp.isfinite(products) & (numbers >= start)[None, :]
         if metric == "cosine":
@@ -192,15 +220,23 @@ def _scan(queries, shrink, x, origin, unit, *, count, metric):
         elif metric == "l2":
             halves = jnp.square(rows).sum(axis=1) * jnp.float32(0.5 / d)
             products = jnp.maximum(products - halves[None, :] / shrink, -_MAX)
-        found, place = lax.top_k(jnp.where(valid, products, -jnp.inf), min(count, size))
-        merged = jnp.concatenate([best, found], axis=1)
-        best, order = lax.top_k(merged, count)
-        ids = jnp.take_along_axis(jnp.concatenate([ids, first + place], axis=1), order, axis=1)
-        return (best, ids, suspect), None
+        products = jnp.where(valid, products, -jnp.inf)
+        products = jnp.pad(
+            products, ((0, 0), (0, per_block * group - size)), constant_values=-jnp.inf
+        )
+        return products.reshape(b, per_block, group).max(axis=2), suspect
 
-    empty = jnp.full((b, count), -jnp.inf, jnp.float32), jnp.full((b, count), -1, jnp.int32)
-    (best, ids, suspect), _ = lax.scan(step, (*empty, jnp.zeros((), bool)), starts)
-    return jnp.sort(jnp.where(jnp.isneginf(best), -1, ids), axis=1), suspect
+    starts = jnp.arange(blocks, dtype=jnp.int32) * jnp.int32(size)
+    if blocks == 1:
+        best, suspect = maxima(starts[0])
+    else:
+        best, suspect = lax.map(maxima, starts)
+        best = jnp.moveaxis(best, 0, 1).reshape(b, blocks * per_block)
+    _, chosen = lax.top_k(best, min(count, best.shape[1]))
+    block, place = jnp.divmod(jnp.sort(chosen, axis=1), jnp.int32(per_block))
+    start = block * jnp.int32(size)
+    first = jnp.minimum(start, n - size) + place * jnp.int32(group)
+    return (first, jnp.maximum(first, start)), suspect.any()
 
 
 def _origin_and_unit(x: Float[Array, "n d"]) -> tuple[Float[Array, "d"], Float[Array, ""]]:
@@ -210,8 +246,9 @@ def _origin_and_unit(x: Float[Array, "n d"]) -> tuple[Float[Array, "d"], Float[A
     """
     sample = x[:: max(1, x.shape[0] // _SAMPLE)]
     sample = jnp.where(jnp.isfinite(sample), sample, jnp.float32(0))
-    unit = _power_of_two(jnp.abs(sample).max())
-    return (sample / unit).mean(axis=0), unit
+    sizes = jnp.sort(jnp.abs(sample).max(axis=1))
+    unit = _power_of_two(sizes[sizes.shape[0] // 2])
+    return jnp.clip(sample / unit, -4.0, 4.0).mean(axis=0), unit
 
 
 def _power_of_two(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -224,13 +261,13 @@ def _inverse_norms(x: Float[Array, "r d"]) -> Float[Array, "r"]:
     """1 / ||x||, 0 for a zero row; neither overflows nor underflows."""
     scale = _power_of_two(jnp.abs(x).max(axis=1))
     squares = jnp.square(x / scale[:, None]).sum(axis=1)
-    positive = squares > 0
-    return jnp.where(positive, lax.rsqrt(jnp.where(positive, squares, 1.0)) / scale, 0.0)
+    zero = squares == 0
+    return jnp.where(zero, 0.0, lax.rsqrt(jnp.where(zero, 1.0, squares)) / scale)
 
 
 def _normalize(x: Float[Array, "r d"]) -> Float[Array, "r d"]:
     """Rows of length one; a zero row stays zero and has gradient zero."""
     scaled = x / _power_of_two(lax.stop_gradient(jnp.abs(x).max(axis=1, keepdims=True)))
     squares = jnp.square(scaled).sum(axis=1, keepdims=True)
-    positive = squares > 0
-    return jnp.where(positive, scaled / jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+    zero = squares == 0
+    return jnp.where(zero, 0.0, scaled / jnp.sqrt(jnp.where(zero, 1.0, squares)))
