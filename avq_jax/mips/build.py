@@ -16,16 +16,11 @@ from avq_jax.checks import as_count, as_rows, is_traced
 from avq_jax.loss import QueryTerms, Scaling, Threshold, Uniform, Weight, row_norms, scaling
 from avq_jax.mips.exact import METRICS
 from avq_jax.mips.index import Index, Tree, pack_ids
-from avq_jax.mips.partition import (
-    BLOCK,
-    Layout,
-    lay_out,
-    nearest_centroids,
-    train_centroids,
-)
+from avq_jax.mips.packing import pack_tree
+from avq_jax.mips.partition import nearest_centroids, train_centroids
 from avq_jax.mips.rescoring import StoreType, store_rows
 from avq_jax.progress import steps
-from avq_jax.quantization import Codebook, decode, encode, fit
+from avq_jax.quantization import decode, encode, fit
 from avq_jax.quantization.codebook import check_magnitude
 
 __all__ = ["build", "default_threshold"]
@@ -267,25 +262,4 @@ def _build_tree(
         if offset is not None:
             left = residual - np.asarray(decode(codebook, part))
             offset[i] = np.sum(x[i] * left, axis=1) - 0.5 * np.sum(x[i] * x[i], axis=1)
-    return _in_leaves(centroids, leaves, codebook, codes, offset)
-
-
-def _in_leaves(
-    centroids: Array, leaves: np.ndarray, codebook: Codebook, codes: np.ndarray, offset: Any
-) -> Tree:
-    layout = lay_out(leaves, num_leaves=centroids.shape[0])
-    slots = np.asarray(layout.slots)
-    at = np.maximum(slots, 0)
-    blocked = codes[at].reshape(-1, BLOCK, codes.shape[1]).transpose(0, 2, 1)
-    leaf_offset = None
-    if offset is not None:
-        leaf_offset = -0.5 * jnp.sum(centroids * centroids, axis=1)
-        offset = jnp.asarray(np.where(slots >= 0, offset[at], 0).reshape(-1, BLOCK))
-    return Tree(
-        centroids=centroids,
-        leaf_offset=leaf_offset,
-        layout=Layout(jnp.asarray(slots), jnp.asarray(layout.starts)),
-        codebook=codebook,
-        codes=jnp.asarray(np.ascontiguousarray(blocked)),
-        offset=offset,
-    )
+    return pack_tree(centroids, leaves, codebook, codes, offset)
