@@ -91,7 +91,7 @@ def as_float32(x: Any, *, name: str) -> Float[Array | np.ndarray, "..."]:
         host = host.astype(np.float32)
     _check_real(host.dtype, name)
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.ascontiguousarray(host, dtype=np.float32) if host.ndim else np.float32(host)[...]
+        return np.asarray(host, dtype=np.float32, order="C")
 
 
 def _check_real(dtype: Any, name: str) -> None:

@@ -180,7 +180,8 @@ def _best_groups(
         queries = queries / largest / jnp.float32(d)
 
     def one_block(args):
-        return _scan(*args, x, origin, unit, count=count, metric=metric)
+        q, shrink = args
+        return _scan(q, shrink, x, origin, unit, count=count, metric=metric)
 
     size = max(1, min(_QUERY_BLOCK, _MAXIMA_ELEMENTS * _group_size(n) // n))
     if b <= size:
