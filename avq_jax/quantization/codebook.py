@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from avq_jax.checks import as_rows, is_traced
+from avq_jax.checks import as_count, as_float32, as_rows, check_finite, is_traced
 from avq_jax.loss import QueryTerms, Scaling
 from avq_jax.quantization.assignment import assign, block_size
 from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
@@ -21,8 +21,8 @@ __all__ = ["Codebook", "as_learning_rows", "check_magnitude", "encode_rows"]
 
 # Rows handed to one compiled call by the host loop of `encode`.
 _CHUNK = 1 << 17
-# Squared norms of rows beyond these leave float32.
-_LARGEST, _SMALLEST = 1e15, 1e-15
+# Sums of weighted squares of rows beyond these leave float32.
+_LARGEST, _SMALLEST = 1e14, 1e-14
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codewords"], meta_fields=["dim"])
@@ -67,7 +67,7 @@ def encode_rows(
     *,
     num_sweeps: int,
 ) -> Int32[Array, "m n"]:
-    """Assignment step over all rows, block by block; pure."""
+    """Do the assignment step over all rows, block by block; pure."""
     m, k, s = codewords.shape
     n = rows.x.shape[0]
     block = block_size(m, k, s)
@@ -110,26 +110,24 @@ def as_learning_rows(
         raise ValueError(f"x must have the width of the codec, {dim}; got rows of width {d}")
     check_magnitude(x)
     if scaling is None:
-        scaling = Scaling(np.ones(n, np.float32), np.ones(n, np.float32))
+        scaling = Scaling(jnp.ones(n, jnp.float32), jnp.ones(n, jnp.float32))
+    elif not isinstance(scaling, Scaling):
+        raise TypeError(
+            f"scaling must be a Scaling, as avq_jax.scaling gives it, or None; "
+            f"got {type(scaling).__name__}"
+        )
     parts = [_vector(getattr(scaling, f), f"scaling.{f}", n) for f in Scaling._fields]
     if direction is not None:
         direction = as_rows(direction, name="direction")
         if direction.shape != (n, d):
-            raise ValueError(
-                f"direction must have the shape of x, {(n, d)}; got {direction.shape}"
-            )
+            raise ValueError(f"direction must have the shape of x, {(n, d)}; got {direction.shape}")
     if extra is not None:
-        extra = QueryTerms(*(jnp.asarray(leaf, jnp.float32) for leaf in extra))
-        shape = extra.weights.shape
-        if len(shape) != 2 or shape[0] != n or extra.directions.shape != (*shape, d):
-            raise ValueError(
-                f"extra must have directions [{n}, R, {d}] and weights [{n}, R]; "
-                f"got {extra.directions.shape} and {extra.weights.shape}"
-            )
+        extra = _query_terms(extra, n, d)
     return Rows(x, Scaling(*parts), direction, extra)
 
 
 def check_magnitude(x: Any) -> None:
+    """Raise a ValueError where squares of the rows would overflow or vanish in float32."""
     if is_traced(x) or x.size == 0:
         return
     peak = float(np.max(np.abs(x))) if isinstance(x, np.ndarray) else float(jnp.max(jnp.abs(x)))
@@ -138,6 +136,22 @@ def check_magnitude(x: Any) -> None:
             f"x must have its largest absolute value between {_SMALLEST:g} and {_LARGEST:g}, so "
             f"that squared norms fit float32; got {peak:.3g}. Rescale the rows: scores scale along"
         )
+
+
+def _query_terms(extra: QueryTerms, n: int, d: int) -> QueryTerms:
+    directions: Any = as_float32(extra.directions, name="extra.directions")
+    weights: Any = as_float32(extra.weights, name="extra.weights")
+    shape = weights.shape
+    if len(shape) != 2 or shape[0] != n or directions.shape != (*shape, d):
+        raise ValueError(
+            f"extra must have directions [{n}, R, {d}] and weights [{n}, R]; "
+            f"got {directions.shape} and {weights.shape}"
+        )
+    check_finite(directions, name="extra.directions")
+    check_finite(weights, name="extra.weights")
+    if not is_traced(weights) and weights.size and float(weights.min()) < 0:
+        raise ValueError(f"extra.weights must be >= 0; got {float(weights.min())}")
+    return QueryTerms(directions, weights)
 
 
 def _vector(v: Any, name: str, n: int) -> Any:
@@ -166,6 +180,7 @@ def _(
     extra: QueryTerms | None = None,
     num_sweeps: int = 10,
 ) -> Codes:
+    as_count(num_sweeps, name="num_sweeps", minimum=0)
     rows = as_learning_rows(x, scaling, direction, extra, dim=codec.dim)
     n = rows.x.shape[0]
     if n <= _CHUNK or any(is_traced(leaf) for leaf in jax.tree.leaves((codec, rows))):
@@ -185,9 +200,14 @@ def _(codec: Codebook, codes: Any) -> Array:
     if isinstance(codes, Codes):
         codes, gain = codes.codes, codes.gain
     codes = jnp.asarray(codes)
-    picked = jax.vmap(lambda c, i: c[i], in_axes=(0, 1), out_axes=1)(codec.codewords, codes)
+    m = codec.num_subspaces
+    if codes.ndim != 2 or codes.shape[1] != m or not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise ValueError(f"codes must be integers [n, {m}]; got {codes.dtype} {codes.shape}")
+    picked = jax.vmap(lambda c, i: c.at[i].get(mode="clip"), in_axes=(0, 1), out_axes=1)(
+        codec.codewords, codes
+    )
     rows = picked.reshape(codes.shape[0], -1)[:, : codec.dim]
-    return rows if gain is None else rows * gain[:, None]
+    return rows if gain is None else rows * jnp.asarray(gain, jnp.float32)[:, None]
 
 
 @lookup_table.register

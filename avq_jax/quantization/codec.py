@@ -11,8 +11,9 @@ __all__ = ["Codes", "decode", "encode", "lookup_table"]
 
 
 class Codes(NamedTuple):
-    """Quantized rows. The score of row i for a query with table t is
+    """Quantized rows.
 
+    The score of row i for a query with table t is
     ``gain[i] * sum_m t[m, codes[i, m]] + offset[i]``.
 
     Attributes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +22,6 @@ from avq_jax.quantization.rows import Rows, in_blocks, quadratic_form, split
 from avq_jax.quantization.update import (
     Solver,
     choose_solver,
-    counts,
     reconstruct,
     row_losses,
     solve,
@@ -81,6 +81,7 @@ def _initial_codewords(key: Array, rows: Rows, m: int, k: int, method: Init) -> 
     size = min(n, max(2048, 32 * k))
     chosen = jax.random.choice(keys[0], n, (size,), replace=False)
     sample, weight = split(rows.x[chosen], m), rows.scaling.orthogonal[chosen]
+    weight = jnp.where(jnp.any(weight > 0), weight, 1)
     return jax.vmap(lambda r, v: _k_means_plus_plus(r, v, weight, k))(keys[1:], sample)
 
 
@@ -102,24 +103,27 @@ def _k_means_plus_plus(key: Array, x: Float[Array, "s n"], weight: Array, k: int
     return x[:, jnp.concatenate([start[None], picks])].T
 
 
-def _init(key: Array, rows: Rows, m: int, k: int, method: Init, options: _Options) -> LloydState:
+def _start(key: Array, rows: Rows, m: int, k: int, method: Init) -> LloydState:
+    """Codewords drawn from the rows, not fitted yet."""
     n, d = rows.x.shape
     key_start, _ = jax.random.split(key)
-    codewords = _initial_codewords(key_start, rows, m, k, method)
-    state = LloydState(
-        Codebook(codewords, dim=d),
+    return LloydState(
+        Codebook(_initial_codewords(key_start, rows, m, k, method), dim=d),
         jnp.zeros((n, m), jnp.uint8),
         jnp.array(jnp.inf, jnp.float32),
         jnp.array(0, jnp.int32),
     )
-    if method == "reconstruction":
-        a = rows.scaling.orthogonal
-        plain = Rows(rows.x, Scaling(a, a))
 
-        def warm(state, _):
-            return _update(state, plain, options._replace(solver="cg"), first=True), None
 
-        state, _ = jax.lax.scan(warm, state, None, length=_WARM_ITERATIONS)
+def _warm(state: LloydState, rows: Rows) -> LloydState:
+    """One iteration under the reconstruction loss."""
+    a = rows.scaling.orthogonal
+    a = jnp.where(jnp.any(a > 0), a, 1)
+    return _update(state, Rows(rows.x, Scaling(a, a)), _Options("mean", 0), first=True)
+
+
+def _finish(state: LloydState, rows: Rows, options: _Options) -> LloydState:
+    """Codes and loss of the initial codewords."""
     codes = encode_rows(state.codebook.codewords, rows, num_sweeps=options.num_sweeps)
     return state._replace(
         codes=codes.T.astype(jnp.uint8),
@@ -141,7 +145,11 @@ def _mean_loss(
 
     each = jax.lax.map(losses, (_codes_in_blocks(codes, block), in_blocks(rows, block)))
     each = each.reshape(-1)[:n]
-    return jnp.mean(each), each
+    return _mean(each), each
+
+
+def _mean(each: Float[Array, " n"]) -> Float[Array, ""]:
+    return jnp.sum(each / each.shape[0])  # divided first: the sum of large losses overflows
 
 
 def _codes_in_blocks(codes: Int32[Array, "m n"], block: int) -> Int32[Array, "nb m B"]:
@@ -161,12 +169,16 @@ def _update(state: LloydState, rows: Rows, options: _Options, *, first: bool = F
     sweeps = 0 if first else options.num_sweeps
     codes = encode_rows(codewords, rows, before, num_sweeps=sweeps)
     blocked = _codes_in_blocks(codes, block)
-    codewords = solve(codewords, blocked, in_blocks(rows, block), solver=options.solver)
-    loss, each = _mean_loss(codewords, codes, rows)
-    # Dead codewords restart at the rows that are served worst; no row uses them yet, so the
-    # loss of the present codes does not change.
-    real = in_blocks(Rows(rows.x[:, :1], Scaling(jnp.ones(n), jnp.ones(n))), block).scaling.parallel
-    dead = counts(blocked, real, k) == 0
+    update = solve(codewords, blocked, in_blocks(rows, block), solver=options.solver)
+    loss, each = _mean_loss(update.codewords, codes, rows)
+    # Rounding in an ill-conditioned system can lose more than the last step has to gain.
+    before = update.before.reshape(-1)[:n]
+    worse = loss > _mean(before)
+    loss, each = jnp.where(worse, _mean(before), loss), jnp.where(worse, before, each)
+    codewords = jnp.where(worse, codewords, update.codewords)
+    # Dead codewords restart at the rows that are served worst; no row with a weight uses them
+    # yet, so the loss of the present codes does not change.
+    dead = ~update.used
 
     def reseed(codewords):
         worst = jax.lax.top_k(each, min(k, n))[1]
@@ -186,13 +198,29 @@ def _usage(state: LloydState) -> Float[Array, ""]:
     return jnp.mean(used)
 
 
-_jit_init = jax.jit(_init, static_argnums=(2, 3, 4, 5))
+_jit_start = jax.jit(_start, static_argnums=(2, 3, 4))
+_jit_warm = jax.jit(_warm)
+_jit_finish = jax.jit(_finish, static_argnames="options")
+_jit_update = jax.jit(_update, static_argnames="options")
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def _jit_update(state: LloydState, rows: Rows, options: _Options):
-    state = _update(state, rows, options)
-    return state, _usage(state)
+def _jit_step(state: LloydState, rows: Rows, options: _Options) -> tuple[LloydState, Array]:
+    """Iterate for `fit`: its rows stay the same, so that rounding cannot raise the loss either."""
+    new = _update(state, rows, options)
+    kept = state._replace(step=new.step)
+    new = jax.tree.map(lambda a, b: jnp.where(new.loss > state.loss, a, b), kept, new)
+    return new, _usage(new)
+
+
+def _wait(state: LloydState) -> LloydState:
+    """Wait for a dispatched step in Python, where Ctrl-C is heard at once."""
+    pause = 1e-5
+    loss: Any = state.loss
+    while not loss.is_ready():
+        time.sleep(pause)
+        pause = min(2 * pause, 2e-3)
+    return state
 
 
 def _check_sizes(x: Any, num_subspaces: int, num_codewords: int) -> tuple[int, int]:
@@ -223,7 +251,7 @@ def lloyd_init(
     extra: QueryTerms | None = None,
     num_sweeps: int = 3,
 ) -> LloydState:
-    """Initialization step of section 4: codewords, and the first codes of the rows.
+    """Initialize (section 4): codewords, and the first codes of the rows.
 
     Args:
       key: a typed key, ``jax.random.key(seed)``.
@@ -255,8 +283,19 @@ def lloyd_init(
         raise ValueError(
             f"method must be 'reconstruction', 'k-means++' or 'random'; got {method!r}"
         )
-    options = _Options(choose_solver("auto", m, k, -(-rows.x.shape[1] // m)), num_sweeps)
-    return _jit_init(key, jax.tree.map(jnp.asarray, rows), m, k, method, options)
+    options = _Options("auto", as_count(num_sweeps, name="num_sweeps"))
+    rows = jax.tree.map(jnp.asarray, rows)
+    traced = is_traced(key, rows)
+    state = _jit_start(key, rows, m, k, method)
+    if method == "reconstruction" and traced:
+        state, _ = jax.lax.scan(
+            lambda state, _: (_jit_warm(state, rows), None), state, None, length=_WARM_ITERATIONS
+        )
+    elif method == "reconstruction":
+        for _ in range(_WARM_ITERATIONS):
+            state = _wait(_jit_warm(state, rows))
+    state = _jit_finish(state, rows, options)
+    return state if traced else _wait(state)
 
 
 def lloyd_update(
@@ -302,8 +341,8 @@ def lloyd_update(
             f"x must have the rows of the state, {state.codes.shape[0]}; got {rows.x.shape[0]}"
         )
     m, k, s = state.codebook.codewords.shape
-    options = _Options(choose_solver(solver, m, k, s), num_sweeps)
-    return _jit_update(state, jax.tree.map(jnp.asarray, rows), options)[0]
+    options = _Options(choose_solver(solver, m, k, s), as_count(num_sweeps, name="num_sweeps"))
+    return _jit_update(state, jax.tree.map(jnp.asarray, rows), options)
 
 
 def fit(
@@ -339,7 +378,8 @@ def fit(
       init: method of :func:`lloyd_init`.
       direction: ``[n, d]`` direction of the parallel error, ``None`` for the rows themselves.
       extra: further :class:`~avq_jax.QueryTerms` of the loss.
-      tolerance: stop when an iteration lowers the loss by a smaller fraction than this.
+      tolerance: stop when an iteration lowers the loss by at most this fraction (two iterations
+        in a row while some codewords are unused, as these have just been re-seeded).
       num_sweeps: sweeps of coordinate descent in an assignment step.
       solver: ``"dense"``, ``"cg"``, or ``"auto"`` by size.
       callback: called with the state after each iteration; a true result stops the learning.
@@ -368,7 +408,7 @@ def fit(
     m, k = _check_sizes(rows.x, num_subspaces, num_codewords)
     as_count(num_iterations, name="num_iterations", minimum=0)
     as_count(num_sweeps, name="num_sweeps")
-    if tolerance < 0:
+    if not tolerance >= 0:
         raise ValueError(f"tolerance must be >= 0; got {tolerance}")
     options = _Options(choose_solver(solver, m, k, -(-rows.x.shape[1] // m)), num_sweeps)
     rows = jax.tree.map(jnp.asarray, rows)
@@ -386,16 +426,16 @@ def fit(
     if is_traced(key, rows):
 
         def body(state, _):
-            state, usage = _jit_update(state, rows, options)
+            state, usage = _jit_step(state, rows, options)
             return state, History(state.loss, usage)
 
         return jax.lax.scan(body, state, None, length=num_iterations)
 
     losses, usages = [], []
-    previous = float(state.loss)
+    previous, stalled = float(state.loss), False
     for i in steps(num_iterations, "learning codebooks", progress):
-        new, usage = _jit_update(state, rows, options)
-        loss = float(new.loss)
+        new, usage = _jit_step(state, rows, options)
+        loss = float(_wait(new).loss)
         if not math.isfinite(loss):
             error = FloatingPointError(
                 f"the loss became {loss} at iteration {i}; the last good state is in this "
@@ -408,7 +448,9 @@ def fit(
         usages.append(float(usage))
         if callback is not None and callback(state):
             break
-        if previous - loss <= tolerance * abs(previous):
+        # Codewords re-seeded in this iteration lower the loss in the next one, if at all.
+        small = previous - loss <= tolerance * previous
+        if small and (stalled or usages[-1] == 1 or loss == 0):
             break
-        previous = loss
+        previous, stalled = loss, small
     return state, History(np.array(losses, np.float32), np.array(usages, np.float32))

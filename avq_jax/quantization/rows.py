@@ -6,11 +6,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from avq_jax.loss import QueryTerms, Scaling
 
-__all__ = ["QuadraticForm", "Rows", "in_blocks", "quadratic_form", "split", "unit"]
+__all__ = [
+    "QuadraticForm",
+    "Rows",
+    "in_blocks",
+    "quadratic_form",
+    "reconstruct",
+    "row_losses",
+    "split",
+    "unit",
+]
 
 
 class Rows(NamedTuple):
@@ -62,7 +71,7 @@ def split(x: Float[Array, "n d"], num_subspaces: int) -> Float[Array, "m s n"]:
 
 
 def quadratic_form(rows: Rows, num_subspaces: int) -> QuadraticForm:
-    """The terms of Theorem 3.2, and any further query terms, of one block of rows."""
+    """Give the terms of Theorem 3.2, and any further query terms, of one block of rows."""
     u = unit(rows.x if rows.direction is None else rows.direction)
     directions, weights = u[:, None, :], (rows.scaling.parallel - rows.scaling.orthogonal)[:, None]
     if rows.extra is not None:
@@ -86,3 +95,18 @@ def in_blocks(rows: Rows, block: int) -> Rows:
         return leaf.reshape(count, block, *leaf.shape[1:])
 
     return jax.tree.map(cut, rows)
+
+
+def reconstruct(
+    codewords: Float[Array, "m k s"], codes: Int32[Array, "m B"]
+) -> Float[Array, "m s B"]:
+    """``B_i c`` of a block: the selected codewords, points on the last axis."""
+    return jax.lax.map(lambda z: z[0][z[1]].T, (codewords, codes))
+
+
+def row_losses(form: QuadraticForm, residual: Float[Array, "m s B"]) -> Float[Array, " B"]:
+    """Loss of each row of a block, ``a ||r||^2 + sum_j w_j <u_j, r>^2``, never below zero."""
+    square = jnp.sum(residual * residual, axis=(0, 1))
+    projection = jnp.einsum("rmsb,msb->rb", form.directions, residual, precision="highest")
+    loss = form.isotropic * square + jnp.sum(form.weights * projection**2, axis=0)
+    return jnp.maximum(loss, 0)

@@ -10,25 +10,32 @@ where the 0/1 matrix B_i selects the codewords of row i. Its minimum solves
 
 (the paper prints ``B_i x_i`` on the right, which must be ``B_i^T x_i``). Solving for the change
 delta instead of c keeps float32 errors, and any regularisation, from raising the loss. The system
-is scaled by its isotropic diagonal ``D = sum_i a_i`` of each codeword; as
-``0 <= <u, B c>^2 <= ||B c||^2`` its condition number is then at most the largest eta (for one
-direction), so conjugate gradients need about a dozen products whatever the size.
+is scaled by the mean diagonal of M, ``D = sum_i (a_i + sum_j w_ij ||u_ij||^2 / d)`` of each
+codeword; as ``0 <= <u, B c>^2 <= ||B c||^2`` its condition number is then at most the largest eta
+(for one direction), so conjugate gradients need about a dozen products whatever the size.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
-from avq_jax.quantization.rows import QuadraticForm, Rows, quadratic_form
+from avq_jax.quantization.rows import (
+    QuadraticForm,
+    Rows,
+    quadratic_form,
+    reconstruct,
+    row_losses,
+)
 
-__all__ = ["Solver", "choose_solver", "counts", "reconstruct", "row_losses", "solve"]
+__all__ = ["Solver", "Update", "choose_solver", "reconstruct", "row_losses", "solve"]
 
-Solver = Literal["auto", "dense", "cg"]
+# "mean" solves the reconstruction loss, and that alone.
+Solver = Literal["auto", "dense", "cg", "mean"]
 
 _DENSE_UNKNOWNS = 2048
 _DENSE_ENTRIES = 1 << 23
@@ -51,21 +58,6 @@ def choose_solver(solver: Solver, num_subspaces: int, num_codewords: int, width:
     return "dense" if small else "cg"
 
 
-def reconstruct(
-    codewords: Float[Array, "m k s"], codes: Int32[Array, "m B"]
-) -> Float[Array, "m s B"]:
-    """``B_i c`` of a block: the selected codewords, points on the last axis."""
-    return jax.lax.map(lambda z: z[0][z[1]].T, (codewords, codes))
-
-
-def row_losses(form: QuadraticForm, residual: Float[Array, "m s B"]) -> Float[Array, " B"]:
-    """Loss of each row of a block, ``a ||r||^2 + sum_j w_j <u_j, r>^2``, never below zero."""
-    square = jnp.sum(residual * residual, axis=(0, 1))
-    projection = jnp.einsum("rmsb,msb->rb", form.directions, residual, precision="highest")
-    loss = form.isotropic * square + jnp.sum(form.weights * projection**2, axis=0)
-    return jnp.maximum(loss, 0)
-
-
 def _scatter(
     codes: Int32[Array, "m B"], values: Float[Array, "m s B"], k: int
 ) -> Float[Array, "m k s"]:
@@ -77,18 +69,18 @@ def _scatter(
     return jax.lax.map(one, (codes, values))
 
 
-def counts(
-    codes: Int32[Array, "nb m B"], values: Float[Array, "nb B"], k: int
-) -> Float[Array, "m k"]:
-    """Sum of ``values`` over the rows of each codeword."""
+class Update(NamedTuple):
+    """Answer of :func:`solve`.
 
-    def add(total, block):
-        codes, value = block
-        ones = jnp.broadcast_to(value[None, None, :], (codes.shape[0], 1, codes.shape[1]))
-        return total + _scatter(codes, ones, k)[..., 0], None
+    Attributes:
+      codewords: ``[m, k, s]`` after the update.
+      used: ``[m, k]``, whether rows with a weight use the codeword.
+      before: ``[nb, B]`` loss of each row under the codewords before the update.
+    """
 
-    start = jnp.zeros((codes.shape[1], k), jnp.float32)
-    return jax.lax.scan(add, start, (codes, values))[0]
+    codewords: Float[Array, "m k s"]
+    used: Bool[Array, "m k"]
+    before: Float[Array, "nb B"]
 
 
 def solve(
@@ -97,44 +89,60 @@ def solve(
     blocks: Rows,
     *,
     solver: Solver,
-) -> Float[Array, "m k s"]:
+) -> Update:
     """Codewords that minimise the loss for fixed codes (Theorem 4.2 for m = 1, section 7.5).
 
     Args:
       codewords: ``[m, k, s]`` before the update; those without rows stay as they are.
       codes: of the rows, in blocks.
       blocks: the rows, in blocks, as :func:`~avq_jax.quantization.rows.in_blocks` cuts them.
-      solver: ``"dense"`` or ``"cg"``.
+      solver: ``"dense"``, ``"cg"``, or ``"mean"`` where all scalings are isotropic.
 
     Returns:
-      The new codewords.
+      :class:`Update`.
     """
-    m, k, s = codewords.shape
-    diagonal = counts(codes, blocks.scaling.orthogonal, k)[..., None]  # D
-    scale = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
+    m, k, _ = codewords.shape
 
     def gradient(total, block):
         codes, rows = block
         form = quadratic_form(rows, m)
         residual = form.x - reconstruct(codewords, codes)
-        return total + _scatter(codes, _metric(form, residual), k), None
+        # Beside the gradient, what each codeword's rows weigh: a_i, and the diagonal of M_i.
+        weights = jnp.stack([form.isotropic, _mean_diagonal(form, rows.x.shape[1])])
+        weights = jnp.broadcast_to(weights, (m, *weights.shape))
+        values = jnp.concatenate([_metric(form, residual), weights], axis=1)
+        return total + _scatter(codes, values, k), row_losses(form, residual)
 
-    zero = jnp.zeros_like(codewords)
-    right, _ = jax.lax.scan(gradient, zero, (codes, blocks))
-    right = jnp.where(diagonal > 0, right * scale, 0)
-    if solver == "cg":
-        delta = _conjugate_gradients(right, scale, codes, blocks)
+    zero = jnp.zeros((m, k, codewords.shape[2] + 2), jnp.float32)
+    sums, before = jax.lax.scan(gradient, zero, (codes, blocks))
+    right, isotropic, diagonal = sums[..., :-2], sums[..., -2:-1], sums[..., -1:]
+    used = diagonal > 0
+    diagonal = jnp.where(used, diagonal, 1)
+    scale = jax.lax.rsqrt(diagonal)
+    isotropic = jnp.where(used, isotropic / diagonal, 1) + _RIDGE
+    right = jnp.where(used, right * scale, 0)
+    if solver == "mean":
+        delta = right
+    elif solver == "cg":
+        delta = _conjugate_gradients(right, scale, isotropic, codes, blocks)
     elif m == 1:
-        delta = _dense_one(right, scale, codes, blocks)
+        delta = _dense_one(right, scale, isotropic, codes, blocks)
     else:
-        delta = _dense_joint(right, scale, codes, blocks)
+        delta = _dense_joint(right, scale, isotropic, codes, blocks)
     # A failed factorisation of a degenerate system is NaN: keep the codewords then.
-    delta = jnp.where(jnp.all(jnp.isfinite(delta)), delta, 0)
-    return codewords + delta * scale
+    failed = jnp.all(jnp.isfinite(right)) & ~jnp.all(jnp.isfinite(delta))
+    delta = jnp.where(failed, 0, delta)
+    return Update(codewords + delta * scale, used[..., 0], before)
+
+
+def _mean_diagonal(form: QuadraticForm, dim: int) -> Float[Array, " B"]:
+    """``tr(M_i) / d`` of each row, with terms of negative weight (eta < 1) left out."""
+    squares = jnp.sum(form.directions**2, axis=(1, 2))
+    return form.isotropic + jnp.sum(jnp.maximum(form.weights, 0) * squares, axis=0) / dim
 
 
 def _metric(form: QuadraticForm, r: Float[Array, "m s B"]) -> Float[Array, "m s B"]:
-    """``(a I + sum_j w_j u_j u_j^T) r`` of each row of a block."""
+    """Apply ``a I + sum_j w_j u_j u_j^T`` to r, each row of a block."""
     return form.isotropic * r + _anisotropic(form, r)
 
 
@@ -143,7 +151,7 @@ def _anisotropic(form: QuadraticForm, r: Float[Array, "m s B"]) -> Float[Array, 
     return jnp.einsum("rb,rmsb->msb", form.weights * projection, form.directions)
 
 
-def _conjugate_gradients(right, scale, codes, blocks):
+def _conjugate_gradients(right, scale, isotropic, codes, blocks):
     m, k, _ = right.shape
 
     def product(v):
@@ -154,12 +162,12 @@ def _conjugate_gradients(right, scale, codes, blocks):
             return total + _scatter(codes, y, k), None
 
         total, _ = jax.lax.scan(add, jnp.zeros_like(v), (codes, blocks))
-        return total * scale + (1 + _RIDGE) * v
+        return total * scale + isotropic * v
 
     return jax.scipy.sparse.linalg.cg(product, right, tol=_CG_TOLERANCE, maxiter=_CG_ITERATIONS)[0]
 
 
-def _dense_one(right, scale, codes, blocks):
+def _dense_one(right, scale, isotropic, codes, blocks):
     """Theorem 4.2: one d x d system a codeword."""
     _, k, s = right.shape
 
@@ -173,11 +181,11 @@ def _dense_one(right, scale, codes, blocks):
 
     gram, _ = jax.lax.scan(add, jnp.zeros((k, s, s), jnp.float32), (codes, blocks))
     gram = gram * scale[0, :, :, None] ** 2
-    matrix = gram + (1 + _RIDGE) * jnp.eye(s, dtype=jnp.float32)[None]
+    matrix = gram + isotropic[0, :, :, None] * jnp.eye(s, dtype=jnp.float32)[None]
     return jax.scipy.linalg.solve(matrix, right[0][..., None], assume_a="pos")[None, ..., 0]
 
 
-def _dense_joint(right, scale, codes, blocks):
+def _dense_joint(right, scale, isotropic, codes, blocks):
     """Section 7.5: all codewords in one system, accumulated by pairs of codes.
 
     A row touches d x d entries of the Gram matrix. For each pair of subspaces the row adds an
@@ -207,5 +215,5 @@ def _dense_joint(right, scale, codes, blocks):
     gram = gram.transpose(0, 2, 1, 3).reshape(m * k * s, m * k * s)
     flat = jnp.broadcast_to(scale, right.shape).reshape(-1)
     matrix = gram * flat[:, None] * flat[None, :]
-    matrix = matrix + (1 + _RIDGE) * jnp.eye(m * k * s, dtype=jnp.float32)
+    matrix = matrix + jnp.diag(jnp.broadcast_to(isotropic, right.shape).reshape(-1))
     return jax.scipy.linalg.solve(matrix, right.reshape(-1), assume_a="pos").reshape(right.shape)
