@@ -17,8 +17,8 @@ from avq_jax.loss import QueryTerms, Scaling, Threshold, Uniform, Weight, row_no
 from avq_jax.mips.exact import METRICS
 from avq_jax.mips.index import Index, Tree, pack_ids
 from avq_jax.mips.packing import pack_tree
-from avq_jax.mips.partition import nearest_centroids, train_centroids
-from avq_jax.mips.rescoring import StoreType, store_rows
+from avq_jax.mips.partition import BLOCK, check_slots, nearest_centroids, train_centroids
+from avq_jax.mips.rescoring import StoreType, check_store_type, store_rows
 from avq_jax.progress import steps
 from avq_jax.quantization import decode, encode, fit
 from avq_jax.quantization.codebook import check_magnitude
@@ -93,8 +93,12 @@ def build(
       :class:`avq_jax.Index`.
 
     Raises:
-      TypeError: sizes or ids that are not integers.
+      TypeError: sizes or ids that are not integers, a key that is not typed, a weight that is
+        not callable, a traced x.
       ValueError: no rows, rows that are not finite, sizes out of range, repeated ids.
+
+    Warns:
+      UserWarning: fewer than 32 (or k) rows, which are scored exactly; more leaves than rows.
 
     >>> import avq_jax, jax
     >>> x = jax.random.normal(jax.random.key(0), (2000, 16))
@@ -106,13 +110,25 @@ def build(
     """
     if is_traced(x):
         raise TypeError("build is a host loop; call it outside jit, or use fit and encode inside")
-    if metric not in METRICS:
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"key must be a typed key, jax.random.key(seed); got {_described(key)}")
+    if not isinstance(metric, str) or metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
+    check_store_type(rescore_dtype)
+    as_count(sample_size, name="sample_size", minimum=256)
+    as_count(num_iterations, name="num_iterations")
+    if leaves_to_search is not None:
+        as_count(leaves_to_search, name="leaves_to_search")
+    weight = None if weight is None else _as_pytree(weight)
     x = np.asarray(as_rows(x, name="x"))
     check_magnitude(x)
     n, d = x.shape
-    as_count(sample_size, name="sample_size", minimum=256)
-    as_count(num_iterations, name="num_iterations")
+    sizes = _sizes(n, d, num_leaves, num_subspaces, num_codewords)
+    if sizes is None and rescore_dtype is None:
+        raise ValueError(
+            f"rescore_dtype must not be None where rows are scored exactly, as {n} rows are here; "
+            "give num_subspaces, and enough rows, to have codes"
+        )
     packed = None if ids is None else jnp.asarray(pack_ids(ids, n))
     norms = np.asarray(row_norms(x))
     if metric == "cosine":
@@ -123,17 +139,8 @@ def build(
         weight = Uniform() if metric == "l2" else Threshold(jnp.float32(T))
 
     tree = None
-    if _wants_tree(n, num_leaves, num_subspaces, num_codewords):
-        leaves = as_count(num_leaves or max(1, round(math.sqrt(n))), name="num_leaves")
-        if leaves > n // 2:
-            warnings.warn(
-                f"num_leaves = {leaves} is too many for {n} rows; using {max(1, n // 32)}",
-                stacklevel=2,
-            )
-            leaves = max(1, n // 32)
-        m = num_subspaces
-        if m is None:
-            m = math.ceil(d / 2) if d <= 128 else max(64, math.ceil(d / 4))
+    if sizes is not None:
+        leaves, m = sizes
         tree = _build_tree(
             key,
             x,
@@ -146,11 +153,6 @@ def build(
             sample_size=sample_size,
             progress=progress,
         )
-    if tree is None and rescore_dtype is None:
-        raise ValueError(
-            "rescore_dtype must not be None where rows are scored exactly; "
-            "give num_subspaces to have codes for few rows"
-        )
     count = 0 if tree is None else tree.centroids.shape[0]
     index = Index(
         tree=tree,
@@ -160,33 +162,59 @@ def build(
         metric=metric,
         num_rows=n,
         dim=d,
-        leaves_to_search=max(
-            1, leaves_to_search or min(count, max(8, math.ceil(count / 10)))
-        ),
+        leaves_to_search=leaves_to_search or max(1, min(count, max(8, math.ceil(count / 10)))),
     )
     if progress or (progress is None and sys.stderr.isatty()):
         print(index, file=sys.stderr)
     return index
 
 
-def _wants_tree(n: int, num_leaves: Any, num_subspaces: Any, num_codewords: int) -> bool:
+def _described(value: Any) -> str:
+    return f"{type(value).__name__} of {value.dtype}" if hasattr(value, "dtype") else repr(value)
+
+
+def _as_pytree(weight: Any) -> Any:
+    """Make the weight a pytree of arrays, so that it passes through ``jit`` with the index."""
+    if not callable(weight):
+        raise TypeError(f"weight must be callable, t -> w(t); got {weight!r}")
+    if jax.tree_util.all_leaves([weight]):  # a plain function
+        return jax.tree_util.Partial(weight)
+    return jax.tree.map(jnp.asarray, jax.tree.map(np.float32, weight))
+
+
+def _sizes(
+    n: int, d: int, num_leaves: Any, num_subspaces: Any, num_codewords: Any
+) -> tuple[int, int] | None:
+    """Leaves and subspaces of the tree, or ``None`` where all rows are scored exactly."""
     k = as_count(num_codewords, name="num_codewords", minimum=2)
     if k > 256:
         raise ValueError(f"num_codewords must be at most 256, so that codes are bytes; got {k}")
-    if num_leaves is None and num_subspaces is None and n < _EXACT_ROWS:
-        return False
+    leaves = round(math.sqrt(n)) if num_leaves is None else as_count(num_leaves, name="num_leaves")
+    m = math.ceil(d / 2) if d <= 128 else max(64, math.ceil(d / 4))
+    if num_subspaces is not None:
+        m = as_count(num_subspaces, name="num_subspaces")
+        if m > d:
+            raise ValueError(f"num_subspaces must be at most the width of x, {d}; got {m}")
     if n < max(k, _LEAST_ROWS):
         warnings.warn(
             f"{n} rows are too few to learn {k} codewords a subspace from; "
             "the index scores all rows exactly",
             stacklevel=3,
         )
-        return False
-    return True
+        return None
+    if num_leaves is None and num_subspaces is None and n < _EXACT_ROWS:
+        return None
+    if leaves > n:
+        warnings.warn(
+            f"num_leaves = {leaves} is more than the {n} rows; using {n // 32 or 1}", stacklevel=3
+        )
+        leaves = n // 32 or 1
+    check_slots(n // BLOCK + leaves)
+    return leaves, m
 
 
 def _loss_terms(weight: Weight, norms: Any, x: Any, metric: str):
-    """A function from row numbers to what ``fit`` and ``encode`` need of those rows."""
+    """Make a function from row numbers to what ``fit`` and ``encode`` need of those rows."""
     d = x.shape[1]
     if metric != "l2":
         each = jax.tree.map(np.asarray, scaling(weight, norms, dim=d))
@@ -222,7 +250,7 @@ def _build_tree(
     sample_size: int,
     progress: bool | None,
 ) -> Tree:
-    n, d = x.shape
+    n = x.shape[0]
     key_sample, key_tree, key_codes = jax.random.split(key, 3)
     size = min(n, max(sample_size, 32 * num_leaves))
     picked = np.sort(np.asarray(jax.random.choice(key_sample, n, (size,), replace=False)))

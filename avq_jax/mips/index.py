@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int32, UInt8, UInt32
+from jaxtyping import Array, Float, Int64, UInt8, UInt32
 
 from avq_jax.mips.partition import Layout
-from avq_jax.mips.rescoring import Store
 from avq_jax.quantization import Codebook
 
 __all__ = ["Index", "Tree", "user_ids"]
@@ -49,6 +48,10 @@ class Index:
     """A searchable set of rows; a pytree, so it passes through ``jit`` as an argument.
 
     Made by :func:`avq_jax.build`. Small sets have no ``tree`` and are searched exactly.
+
+    >>> import avq_jax, jax, numpy as np
+    >>> avq_jax.build(jax.random.key(0), np.eye(40))
+    Index(40 rows x 40, dot, exact scoring of float32 rows)
 
     Attributes:
       tree: the quantized rows, or ``None`` where all rows are scored exactly.
@@ -96,8 +99,15 @@ class Index:
         return (
             f"{head}, {self.num_leaves} leaves of which {self.leaves_to_search} are searched, "
             f"codes {book.num_subspaces} x {book.num_codewords} ({self.code_bytes:g} bytes a row) "
-            f"under {self.weight}, rescoring rows {kept})"
+            f"under {_printable(self.weight)}, rescoring rows {kept})"
         )
+
+
+def _printable(weight: Any) -> Any:
+    leaves, structure = jax.tree.flatten(weight)
+    if any(isinstance(leaf, jax.core.Tracer) or np.ndim(leaf) for leaf in leaves):
+        return weight
+    return structure.unflatten([float(f"{float(leaf):.6g}") for leaf in leaves])
 
 
 def pack_ids(ids: Any, n: int) -> UInt32[np.ndarray, "n 2"]:
@@ -131,7 +141,7 @@ def pack_ids(ids: Any, n: int) -> UInt32[np.ndarray, "n 2"]:
     return np.stack([values >> 32, values & 0xFFFFFFFF], axis=1).astype(np.uint32)
 
 
-def user_ids(index: Index, rows: Int32[Any, "..."]) -> np.ndarray:
+def user_ids(index: Index, rows: Any) -> Int64[np.ndarray, "*shape"]:
     """Row numbers of a search result as the ids given to ``build``.
 
     Args:
@@ -142,17 +152,23 @@ def user_ids(index: Index, rows: Int32[Any, "..."]) -> np.ndarray:
       ``int64`` NumPy array of the same shape; the row numbers themselves without user ids.
 
     Raises:
+      TypeError: row numbers that are not integers.
       ValueError: a row number beyond the index.
 
     >>> import avq_jax, jax, numpy as np
-    >>> x = np.eye(3, dtype=np.float32)
-    >>> index = avq_jax.build(jax.random.key(0), x, ids=[70, 80, 2**40])
+    >>> x = np.eye(40, dtype=np.float32)
+    >>> index = avq_jax.build(jax.random.key(0), x, ids=2**40 + np.arange(40))
     >>> user_ids(index, avq_jax.search(index, x[2], k=1).ids).tolist()
-    [1099511627776]
+    [1099511627778]
     """
     rows = np.asarray(rows)
-    if rows.size and not (-1 <= rows.min() and rows.max() < index.num_rows):
-        raise ValueError(f"rows must be -1 or below {index.num_rows}; got {rows.max()}")
+    if rows.size == 0:
+        return np.zeros(rows.shape, np.int64)
+    if rows.dtype.kind not in "iu":
+        raise TypeError(f"rows must be integers; got dtype {rows.dtype}")
+    if rows.min() < -1 or rows.max() >= index.num_rows:
+        wrong = rows.min() if rows.min() < -1 else rows.max()
+        raise ValueError(f"rows must be -1 or from 0 to {index.num_rows - 1}; got {wrong}")
     if index.ids is None:
         return rows.astype(np.int64)
     words = np.asarray(index.ids).astype(np.int64)

@@ -38,10 +38,10 @@ def leaf_scores(tree: Tree, queries: Float[Array, "b d"]) -> Float[Array, "b L"]
 def rank_leaves(
     tree: Tree, scores: Float[Array, " L"], leaves_to_search: int
 ) -> Int32[Array, " a"]:
-    """The leaves to probe, best first; the lower number first among equals."""
+    """Choose the leaves to probe, best first; the lower number first among equals."""
     if tree.leaf_offset is not None:
         scores = scores + tree.leaf_offset
-    return jax.lax.top_k(scores, leaves_to_search)[1]
+    return jax.lax.top_k(scores, leaves_to_search)[1].astype(jnp.int32)
 
 
 def _slot_scores(tree: Tree, table: Float[Array, "m k"], blocks: Int32[Array, " B"]) -> Array:
@@ -56,7 +56,8 @@ def _slot_scores(tree: Tree, table: Float[Array, "m k"], blocks: Int32[Array, " 
         row, code = subspace
         return total + row[code.astype(jnp.int32)], None
 
-    total, _ = jax.lax.scan(add, jnp.zeros(codes.shape[1], jnp.float32), (table, codes))
+    first, _ = add(jnp.float32(0), (table[0], codes[0]))
+    total, _ = jax.lax.scan(add, first, (table[1:], codes[1:]))
     if tree.offset is not None:
         total = total + tree.offset[blocks].reshape(-1)
     return total
@@ -71,7 +72,9 @@ def scan_leaves(
     *,
     count: int,
 ) -> Candidates:
-    """The best ``count`` slots of the probed leaves by quantized score.
+    """Find the best ``count`` slots of the probed leaves by quantized score.
+
+    Equal scores: lowest row first, at the last place too.
 
     Args:
       tree: the quantized rows.
@@ -87,21 +90,26 @@ def scan_leaves(
     table = lookup_table(tree.codebook, q)
     starts = tree.layout.starts
     sizes = starts[leaves + 1] - starts[leaves]
-    ends = jnp.cumsum(sizes)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
     total = ends[-1]
     lanes = jnp.arange(BLOCK, dtype=jnp.int32)
+    numbers = tree.layout.slots
+
+    def lowest_rows(pool: Candidates) -> Int32[Array, " R"]:
+        rows = numbers[jnp.maximum(pool.slots, 0)]
+        return jnp.lexsort((rows, -pool.scores))[:count].astype(jnp.int32)
 
     def step(carry):
         best, begin = carry
         # The work list: position p lies in the first probed leaf whose end is beyond p.
         place = begin + jnp.arange(_STEP, dtype=jnp.int32)
-        rank = jnp.searchsorted(ends, place, side="right", method="compare_all")
+        rank = jnp.searchsorted(ends, place, side="right", method="compare_all").astype(jnp.int32)
         rank = jnp.minimum(rank, len(leaves) - 1)
         leaf = leaves[rank]
         block = jnp.where(place < total, starts[leaf] + place - (ends - sizes)[rank], 0)
         scores = _slot_scores(tree, table, block) + jnp.repeat(shared[leaf], BLOCK)
         slots = (block[:, None] * BLOCK + lanes[None, :]).reshape(-1)
-        rows = tree.layout.slots.reshape(-1, BLOCK)[block].reshape(-1)
+        rows = numbers.reshape(-1, BLOCK)[block].reshape(-1)
         usable = jnp.repeat(place < total, BLOCK) & (rows >= 0)
         if allowed is not None:
             usable = usable & allowed[jnp.maximum(rows, 0)]
@@ -112,15 +120,18 @@ def scan_leaves(
             jnp.concatenate([best.leaves, jnp.repeat(leaf, BLOCK)]),
         )
         top, order = jax.lax.top_k(merged.scores, count)
-        kept = Candidates(top, merged.slots[order], merged.leaves[order])
-        return kept, begin + _STEP
+        # A tie across the last place: top_k takes the first probed, the lowest row is wanted.
+        last = top[-1]
+        cut = jnp.sum(merged.scores == last) > jnp.sum(top == last)
+        order = jax.lax.cond(
+            cut & (last > -jnp.inf), lambda: lowest_rows(merged), lambda: order.astype(jnp.int32)
+        )
+        return jax.tree.map(lambda a: a[order], merged), begin + _STEP
 
-    empty = Candidates(
-        jnp.full(count, -jnp.inf, jnp.float32),
-        jnp.full(count, -1, jnp.int32),
-        jnp.zeros(count, jnp.int32),
-    )
-    best, _ = jax.lax.while_loop(lambda c: c[1] < total, step, (empty, jnp.int32(0)))
+    # Made from `total`, so that under shard_map the carry varies over devices from the start.
+    none = jnp.broadcast_to(total * 0, count)
+    empty = Candidates(none.astype(jnp.float32) - jnp.inf, none - 1, none)
+    best, _ = jax.lax.while_loop(lambda c: c[1] < total, step, (empty, total * 0))
     return best._replace(slots=jnp.where(best.scores > -jnp.inf, best.slots, -1))
 
 
@@ -133,8 +144,6 @@ def candidate_scores(
     table = lookup_table(tree.codebook, q)
     codes = tree.codes[block, :, lane].astype(jnp.int32)
     lookups = jnp.take_along_axis(table, codes.T, axis=1)
-    shared = jnp.matmul(
-        tree.centroids[candidates.leaves], q, precision=jax.lax.Precision.HIGHEST
-    )
+    shared = jnp.matmul(tree.centroids[candidates.leaves], q, precision=jax.lax.Precision.HIGHEST)
     scores = shared + jnp.sum(lookups, axis=0)
     return scores if tree.offset is None else scores + tree.offset[block, lane]

@@ -13,9 +13,16 @@ from jaxtyping import Array, Bool, Float
 
 from avq_jax.checks import as_count, as_queries, is_traced
 from avq_jax.mips.exact import SearchResult
+from avq_jax.mips.exact import _power_of_two as power_of_two
 from avq_jax.mips.index import Index
-from avq_jax.mips.rescoring import store_scores
-from avq_jax.mips.scoring import candidate_scores, leaf_scores, rank_leaves, scan_leaves
+from avq_jax.mips.rescoring import rough_scores, store_scores
+from avq_jax.mips.scoring import (
+    Candidates,
+    candidate_scores,
+    leaf_scores,
+    rank_leaves,
+    scan_leaves,
+)
 from avq_jax.quantization.rows import unit
 
 __all__ = ["search", "searcher"]
@@ -23,6 +30,13 @@ __all__ = ["search", "searcher"]
 # Queries that share one product with the centroids. Always this many, so that a query gets the
 # same bits whatever the batch around it.
 _TILE = 8
+
+# Rows beyond k that exact search scores again, for what the product ranks a rounding error apart.
+_SPARE = 64
+
+# Queries of dot products with a largest value beyond this, or below its inverse, are rescaled.
+_LARGE = 2.0**40
+_MAX = float(jnp.finfo(jnp.float32).max)
 
 
 class _Effort(NamedTuple):
@@ -73,7 +87,7 @@ def search(
     rescore: int | None = None,
     allowed: Any = None,
 ) -> SearchResult:
-    """The k rows of largest score for each query.
+    """Find the k rows of largest score for each query.
 
     Ranks the leaves by ``<q, centroid>``, scores the codes of the best of them
     (``<q, centroid> + sum_m table[m, code_m]``), and rescores the best candidates exactly. Works
@@ -87,7 +101,8 @@ def search(
       leaves_to_search: leaves probed; more raises recall and time; ``None`` takes the default of
         the index. More than there are means all.
       rescore: candidates scored again from the stored rows; 0 turns it off, so that scores are
-        estimates; ``None`` takes ``max(10 k, 100)``.
+        estimates from the codes alone; ``None`` takes ``max(10 k, 100)``, or 0 without stored
+        rows. An index without a tree always scores its stored rows.
       allowed: boolean mask ``[n]`` or ``[b, n]`` of rows that may be returned.
 
     Returns:
@@ -122,27 +137,43 @@ def search(
 
 @functools.partial(jax.jit, static_argnames="effort")
 def _search(
-    index: Index, queries: Float[Array, "b d"], allowed: Bool[Array, "..."] | None, effort: _Effort
+    index: Index, queries: Float[Array, "b d"], allowed: Bool[Array, "*b n"] | None, effort: _Effort
 ) -> SearchResult:
     b = queries.shape[0]
-    usable = jnp.all(jnp.isfinite(queries), axis=1)
-    q = jnp.where(usable[:, None], queries, 0)
-    if index.metric == "cosine":
-        q = unit(q)
     if b == 0 or index.num_rows == 0:
         scores = jnp.full((b, effort.k), -jnp.inf, jnp.float32)
         return SearchResult(scores, jnp.full((b, effort.k), -1, jnp.int32))
-
-    none = jnp.full(effort.k, -jnp.inf, jnp.float32), jnp.full(effort.k, -1, jnp.int32)
+    usable = jnp.all(jnp.isfinite(queries), axis=1)
+    q = jnp.where(usable[:, None], queries, 0)
+    factor = jnp.ones(b, jnp.float32)
+    if index.metric == "cosine":
+        q = unit(q)
+    elif index.metric == "dot":
+        # Scores scale along with the query; a power of two keeps them inside float32.
+        largest = jnp.max(jnp.abs(jax.lax.stop_gradient(q)), axis=1)
+        extreme = (largest > _LARGE) | (largest < 1 / _LARGE)
+        factor = jnp.where(extreme, power_of_two(largest), factor)
+        q = q / factor[:, None]
 
     def one(args):
         q, shared, mask, ok = args
         mask = allowed if mask is None else mask
-        return jax.lax.cond(ok, lambda: _search_one(index, q, shared, mask, effort), lambda: none)
+        shape = (effort.k,)
+
+        def nothing():
+            # Made from `ok`, so that both branches vary alike over the devices of shard_map.
+            none = jnp.broadcast_to(ok.astype(jnp.int32) * 0, shape)
+            return none.astype(jnp.float32) - jnp.inf, none - 1
+
+        return jax.lax.cond(ok, lambda: _search_one(index, q, shared, mask, effort), nothing)
 
     def tile(args):
         q, mask, ok = args
-        shared = None if index.tree is None else leaf_scores(index.tree, q)
+        tree, probe = jax.lax.stop_gradient((index.tree, q))
+        if tree is None:
+            shared = rough_scores(jax.lax.stop_gradient(index.store), probe, metric=index.metric)
+        else:
+            shared = leaf_scores(tree, probe)
         return jax.lax.map(one, (q, shared, mask, ok))
 
     each = allowed if allowed is not None and allowed.ndim == 2 else None
@@ -153,41 +184,45 @@ def _search(
         return a.reshape(-1, _TILE, *a.shape[1:])
 
     scores, ids = jax.lax.map(tile, jax.tree.map(in_tiles, (q, each, usable)))
-    return SearchResult(*(a.reshape(-1, effort.k)[:b] for a in (scores, ids)))
+    scores, ids = (a.reshape(-1, effort.k)[:b] for a in (scores, ids))
+    found = ids >= 0
+    scores = jnp.clip(jnp.where(found, scores, 0) * factor[:, None], -_MAX, _MAX)
+    return SearchResult(jnp.where(found, scores, -jnp.inf), ids)
 
 
 def _search_one(index, q, shared, allowed, effort):
+    """Find the best of one query; ``shared`` scores the leaves, or all rows without a tree."""
     n, k = index.num_rows, effort.k
-    if index.tree is None:
-        rows = jnp.arange(n, dtype=jnp.int32)
-        found = jnp.ones(n, bool) if allowed is None else allowed
-        scores = store_scores(index.store, q, rows, metric=index.metric)
+    # The selection has no gradient; the scores of what it selects are computed again below.
+    tree, probe = jax.lax.stop_gradient((index.tree, q))
+    if tree is None:
+        if allowed is not None:
+            shared = jnp.where(allowed, shared, -jnp.inf)
+        top, slots = jax.lax.top_k(shared, min(n, max(4 * k, k + _SPARE)))
+        best = Candidates(top, slots.astype(jnp.int32), jnp.zeros(slots.shape, jnp.int32))
+        rows = jnp.where(top > -jnp.inf, best.slots, n)
     else:
         count = min(max(k, effort.rescore), n)
-        # The selection has no gradient; the scores of what it selects are computed again below.
-        tree, probe, shared = jax.lax.stop_gradient((index.tree, q, shared))
         leaves = rank_leaves(tree, shared, effort.leaves_to_search)
         best = scan_leaves(tree, probe, shared, leaves, allowed, count=count)
-        found = best.slots >= 0
-        rows = jnp.where(found, index.tree.layout.slots[jnp.maximum(best.slots, 0)], n)
-        if effort.rescore:
-            scores = store_scores(index.store, q, jnp.minimum(rows, n - 1), metric=index.metric)
-        else:
-            scores = candidate_scores(index.tree, q, best)
-            if index.metric == "l2":
-                # <q, x> - ||x||^2 / 2 back to -||q - x||^2
-                scores = 2 * scores - jnp.sum(q * q)
-    scores = jnp.where(found, scores, -jnp.inf)
-    if len(rows) > 4 * k:
-        scores, order = jax.lax.top_k(scores, min(len(rows), 2 * k))
-        rows, found = rows[order], found[order]
-    # Best first and, among equals, the lowest row first.
-    order = jnp.lexsort((rows, -jax.lax.stop_gradient(scores)))[:k]
-    scores, rows = scores[order], jnp.where(found[order], rows[order], -1)
+        rows = jnp.where(best.slots >= 0, tree.layout.slots[jnp.maximum(best.slots, 0)], n)
+    # In row order, so that top_k gives the lowest row first among equals.
+    order = jnp.argsort(rows)
+    rows, best = rows[order], jax.tree.map(lambda a: a[order], best)
+    if tree is None or effort.rescore:
+        scores = store_scores(index.store, q, jnp.minimum(rows, n - 1), metric=index.metric)
+    else:
+        scores = candidate_scores(index.tree, q, best)
+        if index.metric == "l2":
+            # <q, x> - ||x||^2 / 2 back to -||q - x||^2
+            scores = 2 * scores - jnp.sum(q * q)
+    scores = jnp.where(rows < n, jnp.maximum(scores, -_MAX), -jnp.inf)
+    scores, order = jax.lax.top_k(scores, min(k, len(rows)))
+    ids = jnp.where(rows[order] < n, rows[order], -1)
     pad = (0, k - len(order))
     return (
         jnp.pad(scores, pad, constant_values=-jnp.inf),
-        jnp.pad(rows, pad, constant_values=-1).astype(jnp.int32),
+        jnp.pad(ids, pad, constant_values=-1).astype(jnp.int32),
     )
 
 
@@ -198,7 +233,7 @@ def searcher(
     leaves_to_search: int | None = None,
     rescore: int | None = None,
 ) -> Callable[[Any], tuple[np.ndarray, np.ndarray]]:
-    """A handle for serving loops: NumPy in and out, compiled once for each batch size.
+    """Make a handle for serving loops: NumPy in and out, compiled once for each batch size.
 
     Args:
       index: from :func:`avq_jax.build`.
@@ -232,8 +267,10 @@ def searcher(
         return _search.lower(index, shape, None, effort).compile()
 
     def find(queries: Any) -> SearchResult:
+        if is_traced(queries):
+            raise TypeError("a searcher takes concrete queries; inside jit call search instead")
         rows, single = as_queries(queries, width=index.dim)
-        scores, ids = compiled(rows.shape[0])(index, rows, None)
+        scores, ids = compiled(rows.shape[0])(index, np.asarray(rows), None)
         result = SearchResult(np.asarray(scores), np.asarray(ids))
         return SearchResult(result.scores[0], result.ids[0]) if single else result
 
