@@ -20,6 +20,7 @@ Tensors, by name (n rows, d width, m subspaces, k codewords, L leaves):
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -50,7 +51,13 @@ FORMAT_VERSION = 1
 TENSORS = (
     "rows", "scale", "ids", "leaves", "centroids", "leaf_offset", "codewords", "offset", "codes",
 )  # fmt: skip
-_WEIGHTS = {cls.__name__: cls for cls in (Threshold, Power, Exponential, Uniform)}
+# Name in the file: class and its parameters.
+_WEIGHTS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "Threshold": (Threshold, ("T",)),
+    "Power": (Power, ("p",)),
+    "Exponential": (Exponential, ("b",)),
+    "Uniform": (Uniform, ()),
+}
 _CHUNK = 1 << 20
 # Row numbers are int32.
 _MOST_ROWS = 2**31 - 1
@@ -160,11 +167,11 @@ def header_of(index: Index, specs: Mapping[str, Spec]) -> dict[str, Any]:
 
 
 def _weight_to_json(weight: Any) -> dict[str, Any]:
-    for name, cls in _WEIGHTS.items():
+    for name, (cls, fields) in _WEIGHTS.items():
         if type(weight) is cls:
-            values = {key: np.asarray(value) for key, value in vars(weight).items()}
+            values = {field: np.asarray(getattr(weight, field)) for field in fields}
             if all(value.ndim == 0 for value in values.values()):
-                # As text, since JSON has no infinity and float32 survives 9 digits.
+                # As text, since JSON has no infinity; repr gives every bit back.
                 return {"name": name, "parameters": {k: repr(float(v)) for k, v in values.items()}}
     if isinstance(weight, UnknownWeight):
         return {"name": "custom", "class": weight.name}
@@ -176,10 +183,11 @@ def _weight_from_json(found: Any, given: Any, where: str) -> Any:
     try:
         if found["name"] == "custom":
             return UnknownWeight(str(found["class"])) if given is None else given
+        cls, fields = _WEIGHTS[found["name"]]
         values = {key: float(text) for key, text in found["parameters"].items()}
-        if any(np.isnan(v) for v in values.values()):
-            raise ValueError("a parameter is not a number")
-        weight = _WEIGHTS[found["name"]](**{key: jnp.float32(v) for key, v in values.items()})
+        if set(values) != set(fields) or any(math.isnan(v) for v in values.values()):
+            raise ValueError("parameters of another weight, or none")
+        weight = cls(**{key: jnp.float32(value) for key, value in values.items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise IndexFormatError(f"{where} is damaged: unreadable weight {found!r}") from error
     if given is not None:
