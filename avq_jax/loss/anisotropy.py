@@ -78,11 +78,22 @@ def _check_norms(values: ArrayLike, name: str) -> Array:
     return array
 
 
-def _like(parameter: Any, norm: Array, name: str) -> tuple[Array, Array]:
-    """Bring a weight's parameter and the norms to one dtype and one shape."""
+def _like(
+    parameter: Any, norm: Array, name: str, *, minimum: float = -math.inf
+) -> tuple[Array, Array]:
+    """Bring a weight's parameter, checked when concrete, and the norms to one dtype and shape."""
+    kind = jnp.result_type(parameter) if not isinstance(parameter, (bool, str)) else None
+    if kind is None or not (
+        jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
+    ):
+        raise TypeError(f"{name} must be a real number, got {parameter!r}")
+    if not isinstance(parameter, jax.core.Tracer):
+        bad = ~(np.asarray(parameter, np.float64) >= minimum)
+        if bad.any():
+            value = np.asarray(parameter)[bad].ravel()[0]
+            rule = "not be NaN" if np.isnan(value) else f"be at least {minimum:g}"
+            raise ValueError(f"{name} must {rule}, got {value}")
     parameter = jnp.asarray(parameter).astype(norm.dtype)
-    if not isinstance(parameter, jax.core.Tracer) and np.isnan(parameter).any():
-        raise ValueError(f"{name} must not be NaN, got {np.asarray(parameter)}")
     if parameter.ndim and norm.ndim and parameter.shape != norm.shape:
         raise ValueError(
             f"{name} must be a scalar or have the shape of the norms, {norm.shape}, "
@@ -127,7 +138,7 @@ def _(weight: Exponential, norm: Any, *, dim: int) -> tuple[Array, Array]:
 
 @moments.register
 def _(weight: Power, norm: Any, *, dim: int) -> tuple[Array, Array]:
-    p, norm = _like(weight.p, norm, "p")
+    p, norm = _like(weight.p, norm, "p", minimum=0.0)
     zero = norm <= 0
     log_zero = jnp.where(p == 0, 0, -jnp.inf).astype(norm.dtype)
     # h_orthogonal = ||x||^p int_0^1 u^p (1 - u^2)^{(d-1)/2} du
@@ -163,7 +174,8 @@ def eta(weight: Weight, norm: Real[ArrayLike, "..."], *, dim: int) -> Float[Arra
         parameters. For `Threshold` within 1e-5 relative for every d up to 10,000.
 
     Raises:
-        ValueError: dim < 1; a norm is negative, NaN or infinite. TypeError: dim not an integer.
+        ValueError: dim < 1; a norm is negative, NaN or infinite; a parameter of the weight is NaN,
+        or p < 0. TypeError: dim not an integer, a parameter not a number.
 
     >>> print(f"{eta(Threshold(0.2), 1.0, dim=100):.3f}")
     5.953
@@ -234,8 +246,9 @@ def scaling(weight: Weight, norms: Real[ArrayLike, " n"], *, dim: int) -> Scalin
         gradient.
 
     Raises:
-        ValueError: dim < 1; a norm is negative, NaN or infinite, with the first such row.
-        TypeError: dim not an integer.
+        ValueError: dim < 1; a norm is negative, NaN or infinite, with the first such row; a
+        parameter of the weight is NaN, or p < 0. TypeError: dim not an integer, a parameter not
+        a number.
 
     >>> import jax.numpy as jnp
     >>> weights = scaling(Power(2.0), jnp.array([1.0, 2.0]), dim=100)

@@ -16,6 +16,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 
@@ -69,8 +70,13 @@ def exponential_moments(
     nu = dim / 2
     ratio = _large_order_ratio(kappa, nu + steps)
     log_value = _large_order_log(kappa, nu + steps)
-    for j in range(steps, 0, -1):
+
+    def step(state: tuple[Array, Array], twice_k: Array) -> tuple[tuple[Array, Array], None]:
         # I_{k-1} = (2k/kappa) I_k + I_{k+1} (DLMF 10.29.1) at k = nu + j
-        log_value = log_value + jnp.log1p(kappa * ratio / (2 * (nu + j)))
-        ratio = kappa / (2 * (nu + j) + kappa * ratio)
+        ratio, log_value = state
+        log_value = log_value + jnp.log1p(kappa * ratio / twice_k)
+        return (kappa / (twice_k + kappa * ratio), log_value), None
+
+    twice_orders = jnp.asarray([2 * (nu + j) for j in range(steps, 0, -1)], kappa.dtype)
+    (ratio, log_value), _ = lax.scan(step, (ratio, log_value), twice_orders)
     return log_value, 1 + kappa * ratio

@@ -16,6 +16,7 @@ Reference: Guo et al. 2020, Theorem 3.2; Golub and Welsch 1969 for the Gauss nod
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ _GRID = 129
 _BISECTIONS = 24
 _PANELS, _ORDER = 64, 8
 _ROWS = 512
+_DATA = (jax.Array, np.ndarray, np.generic, bool, int, float)
 
 
 @functools.lru_cache
@@ -68,7 +70,7 @@ def _window(
     )
     inner = jnp.stack([phi[first], phi[last]])
 
-    def bisect(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def bisect(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         out, into = ends
         middle = 0.5 * (out + into)
         hit = log_f(middle) > level
@@ -133,7 +135,8 @@ def quadrature_moments(
     A feature of w narrower than 1/20 of the scale ||x||/sqrt(d) (or of t itself, where t is
     larger) can be missed. A row on which w vanishes gets log h_orthogonal = -inf and eta = 1.
     Derivatives are those of w: the movement of a jump contributes nothing, as in all automatic
-    differentiation; the closed forms do not have this limit.
+    differentiation; the closed forms do not have this limit. A plain function is taken as pure:
+    it is traced once for each shape.
 
     Args:
         weight: w, elementwise, nonnegative (negative values count as zero).
@@ -148,10 +151,30 @@ def quadrature_moments(
     >>> print(f"{eta[0]:.4f}")
     3.0000
     """
+    leaves, treedef = jax.tree.flatten(weight)
+    data = [leaf if isinstance(leaf, _DATA) else None for leaf in leaves]
+    rest = tuple(None if isinstance(leaf, _DATA) else leaf for leaf in leaves)
+    # the name and the type too: equality of tree structures can miss the class of a dataclass
+    static = (type(weight), str(treedef), treedef, rest)
+    return _mapped_moments(data, norm, static=static, dim=dim)
+
+
+@functools.partial(jax.jit, static_argnames=("static", "dim"))
+def _mapped_moments(
+    data: list[Any], norm: Array, *, static: tuple[Any, ...], dim: int
+) -> tuple[Array, Array]:
+    # plain functions are static, numbers are data: a new parameter does not retrace
+    *_, treedef, rest = static
+    leaves = [b if a is None else a for a, b in zip(data, rest, strict=True)]
+    weight = jax.tree.unflatten(treedef, leaves)
 
     @jax.checkpoint
     def row(n: Array) -> tuple[Array, Array]:
         return _row_moments(weight, n, dim=dim)
 
-    log_orthogonal, eta = lax.map(row, norm.ravel(), batch_size=_ROWS)
+    flat = norm.ravel()
+    if flat.shape[0] <= _ROWS:
+        log_orthogonal, eta = jax.vmap(row)(flat)
+    else:
+        log_orthogonal, eta = lax.map(row, flat, batch_size=_ROWS)
     return log_orthogonal.reshape(norm.shape), eta.reshape(norm.shape)

@@ -22,6 +22,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 GAP = 2.0**-20
@@ -37,25 +38,26 @@ def _log_half_cap(dim: int) -> float:
 def _tail_fraction(y: Array, dim: int, terms: int) -> Array:
     """Evaluate H = 2F1(1, 1/2; g; -y), g = (d + 3)/2, as 1/(1 + e1 y/(1 + e2 y/(1 + ...)))."""
     g = (dim + 3) / 2
-    tail = jnp.ones_like(y)
-    for i in range(terms, 0, -1):
-        k = i // 2
-        if i == 1:
-            e = 0.5 / g
-        elif i % 2 == 0:
-            e = k * (g - 1.5 + k) / ((g + 2 * k - 2) * (g + 2 * k - 1))
-        else:
-            e = (0.5 + k) * (g + k - 1) / ((g + 2 * k - 1) * (g + 2 * k))
-        tail = 1 + e * y / tail
+    coefficients = [0.5 / g]
+    for k in range(1, terms // 2 + 1):
+        coefficients.append(k * (g - 1.5 + k) / ((g + 2 * k - 2) * (g + 2 * k - 1)))
+        coefficients.append((0.5 + k) * (g + k - 1) / ((g + 2 * k - 1) * (g + 2 * k)))
+
+    def step(tail: Array, e: Array) -> tuple[Array, None]:
+        return 1 + e * y / tail, None
+
+    tail, _ = lax.scan(step, jnp.ones_like(y), jnp.asarray(coefficients[::-1], y.dtype))
     return 1 / tail
 
 
 def _centre_series(c2: Array, dim: int, terms: int) -> Array:
     """Evaluate 2F1(1, d/2 + 1; 3/2; c^2) by Horner's rule."""
-    total = jnp.ones_like(c2)
-    for k in range(terms, 0, -1):
-        total = 1 + total * c2 * ((dim / 2 + k) / (k + 0.5))
-    return total
+    ratios = [(dim / 2 + k) / (k + 0.5) for k in range(terms, 0, -1)]
+
+    def step(total: Array, ratio: Array) -> tuple[Array, None]:
+        return 1 + total * (ratio * c2), None
+
+    return lax.scan(step, jnp.ones_like(c2), jnp.asarray(ratios, c2.dtype))[0]
 
 
 @functools.partial(jax.jit, static_argnames="dim")
