@@ -39,6 +39,7 @@ from avq_jax.mips import (
     user_ids,
 )
 from avq_jax.quantization import (
+    BinaryCodec,
     Codebook,
     Codes,
     History,
@@ -46,6 +47,8 @@ from avq_jax.quantization import (
     decode,
     encode,
     fit,
+    fit_binary,
+    fit_sgd,
     lloyd_init,
     lloyd_update,
     lookup_table,
@@ -57,6 +60,7 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
     __version__ = "0+unknown"
 
 __all__ = [
+    "BinaryCodec",
     "Codebook",
     "Codes",
     "Exponential",
@@ -78,6 +82,8 @@ __all__ = [
     "eta",
     "eta_limit",
     "fit",
+    "fit_binary",
+    "fit_sgd",
     "lloyd_init",
     "lloyd_update",
     "load",
