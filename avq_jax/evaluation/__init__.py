@@ -15,14 +15,18 @@ from avq_jax.evaluation.metrics import (
     recall_k_at_k,
     relative_error,
 )
+from avq_jax.evaluation.readers import RowFile, open_rows
+from avq_jax.evaluation.writers import write_rows
 from avq_jax.mips.exact import SearchResult, brute_force
 
 __all__ = [
     "Dataset",
+    "RowFile",
     "SearchResult",
     "brute_force",
     "clustered",
     "glove_50d",
+    "open_rows",
     "query_recalls",
     "read_hdf5",
     "read_npy",
@@ -31,4 +35,5 @@ __all__ = [
     "recall_k_at_k",
     "relative_error",
     "split_queries",
+    "write_rows",
 ]
