@@ -1,1 +1,101 @@
-"""Anisotropic vector quantization and maximum inner product search in JAX."""
+"""Anisotropic vector quantization and maximum inner product search in JAX.
+
+An implementation of "Accelerating Large-Scale Inference with Anisotropic Vector Quantization"
+(Guo et al., 2020): the score-aware loss of section 3 in :mod:`avq_jax.loss`, codebooks learned
+under it in :mod:`avq_jax.quantization`, and the search engine in :mod:`avq_jax.mips`.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from avq_jax.evaluation import (
+    recall_1_at_n,
+    recall_k_at_k,
+    relative_error,
+)
+from avq_jax.loss import (
+    Exponential,
+    Power,
+    QueryTerms,
+    Scaling,
+    Threshold,
+    Uniform,
+    eta,
+    eta_limit,
+    residuals,
+    scaling,
+    score_aware_loss,
+)
+from avq_jax.mips import (
+    Index,
+    IndexFormatError,
+    SearchResult,
+    brute_force,
+    build,
+    default_threshold,
+    load,
+    save,
+    search,
+    searcher,
+    user_ids,
+)
+from avq_jax.quantization import (
+    BinaryCodec,
+    Codebook,
+    Codes,
+    History,
+    LloydState,
+    decode,
+    encode,
+    fit,
+    fit_binary,
+    fit_sgd,
+    lloyd_init,
+    lloyd_update,
+    lookup_table,
+)
+
+try:
+    __version__ = version("avq-jax")
+except PackageNotFoundError:  # imported from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "BinaryCodec",
+    "Codebook",
+    "Codes",
+    "Exponential",
+    "History",
+    "Index",
+    "IndexFormatError",
+    "LloydState",
+    "Power",
+    "QueryTerms",
+    "Scaling",
+    "SearchResult",
+    "Threshold",
+    "Uniform",
+    "brute_force",
+    "build",
+    "decode",
+    "default_threshold",
+    "encode",
+    "eta",
+    "eta_limit",
+    "fit",
+    "fit_binary",
+    "fit_sgd",
+    "lloyd_init",
+    "lloyd_update",
+    "load",
+    "lookup_table",
+    "recall_1_at_n",
+    "recall_k_at_k",
+    "relative_error",
+    "residuals",
+    "save",
+    "scaling",
+    "score_aware_loss",
+    "search",
+    "searcher",
+    "user_ids",
+]

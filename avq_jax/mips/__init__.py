@@ -1,1 +1,22 @@
 """Sections 2 and 5.3 of the paper: the search engine."""
+
+from avq_jax.mips.build import build, default_threshold
+from avq_jax.mips.exact import SearchResult, brute_force
+from avq_jax.mips.index import Index, Tree, user_ids
+from avq_jax.mips.io import IndexFormatError, load, save
+from avq_jax.mips.searcher import search, searcher
+
+__all__ = [
+    "Index",
+    "IndexFormatError",
+    "SearchResult",
+    "Tree",
+    "brute_force",
+    "build",
+    "default_threshold",
+    "load",
+    "save",
+    "search",
+    "searcher",
+    "user_ids",
+]

@@ -1,1 +1,23 @@
 """Section 4 of the paper: codebooks learned under the score-aware loss."""
+
+from avq_jax.quantization.binary import BinaryCodec, fit_binary
+from avq_jax.quantization.codebook import Codebook
+from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
+from avq_jax.quantization.lloyd import History, LloydState, fit, lloyd_init, lloyd_update
+from avq_jax.quantization.sgd import fit_sgd
+
+__all__ = [
+    "BinaryCodec",
+    "Codebook",
+    "Codes",
+    "History",
+    "LloydState",
+    "decode",
+    "encode",
+    "fit",
+    "fit_binary",
+    "fit_sgd",
+    "lloyd_init",
+    "lloyd_update",
+    "lookup_table",
+]

@@ -1,0 +1,42 @@
+# Every target makes what it needs, from a fresh clone with only Python (and make).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-full lint clean help
+
+help:
+	@echo "make demo       learn, index and search real word vectors (about 3 minutes)"
+	@echo "make test       lint, types and the test suite (about 6 minutes on two cores)"
+	@echo "make test-full  the longer tests"
+	@echo "make lint       lint and types alone"
+	@echo "make clean      remove the environment and caches"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[demo]"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[test]"
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m avq_jax.demo
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full" --durations 10
+
+test-full: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m full --durations 10
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,314 @@
+"""Format version 1 of a saved index: which tensors it has, and what its header says of them.
+
+A file holds what an index means, not how it lies in memory, which may change with the processor.
+Tensors, by name (n rows, d width, m subspaces, k codewords, L leaves):
+
+=============  ==============================  =================================================
+``rows``       F32, BF16 or I8 ``[n, d]``      rescoring rows, absent where none were kept
+``scale``      F32 ``[n]``                     step of I8 rows
+``ids``        U32 ``[n, 2]``                  high and low words of user ids, absent without
+``leaves``     I32 ``[n]``                     leaf of each row; from here on absent without tree
+``centroids``  F32 ``[L, d]``
+``leaf_offset``  F32 ``[L]``                   l2 only
+``codewords``  F32 ``[m, k, ceil(d / m)]``
+``offset``     F32 ``[n]``                     l2 only
+``codes``      U8 ``[n, m]``; k <= 16: U8      at k <= 16 byte j holds subspace 2j in its low half
+               ``[n, ceil(m / 2)]``            and subspace 2j + 1 in its high half (0 if none)
+=============  ==============================  =================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avq_jax.loss import Exponential, Power, Threshold, Uniform
+from avq_jax.mips.exact import METRICS
+from avq_jax.mips.index import Index
+from avq_jax.mips.packing import coded_rows, pack_tree
+from avq_jax.mips.rescoring import Store
+from avq_jax.mips.safe_files import MAGIC, IndexFormatError, Spec
+from avq_jax.quantization import Codebook
+
+__all__ = [
+    "FORMAT_VERSION",
+    "TENSORS",
+    "UnknownWeight",
+    "arrays_of",
+    "check_header",
+    "header_of",
+    "index_of",
+]
+
+FORMAT_VERSION = 1
+TENSORS = (
+    "rows", "scale", "ids", "leaves", "centroids", "leaf_offset", "codewords", "offset", "codes",
+)  # fmt: skip
+# Name in the file: class and its parameters.
+_WEIGHTS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "Threshold": (Threshold, ("T",)),
+    "Power": (Power, ("p",)),
+    "Exponential": (Exponential, ("b",)),
+    "Uniform": (Uniform, ()),
+}
+_CHUNK = 1 << 20
+# Row numbers are int32.
+_MOST_ROWS = 2**31 - 1
+
+
+class UnknownWeight:
+    """Stand-in for the user-defined weight of a loaded index; searching does not need it.
+
+    >>> UnknownWeight("mine.Weight")
+    UnknownWeight('mine.Weight')
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, t: Any) -> Any:
+        """Raise, since the function itself is not in the file."""
+        raise ValueError(
+            f"the index was saved with the user-defined weight {self.name}, which a file cannot "
+            "hold; give it to load(path, weight=...)"
+        )
+
+    def __repr__(self) -> str:
+        return f"UnknownWeight({self.name!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UnknownWeight) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+jax.tree_util.register_static(UnknownWeight)
+
+
+def arrays_of(index: Index) -> dict[str, np.ndarray]:
+    """Take the tensors out of an index, rows first so that they can be used in place when mapped.
+
+    Raises:
+      TypeError: codes that format version 1 does not know.
+    """
+    found: dict[str, Any] = {}
+    if index.store is not None:
+        found.update(rows=index.store.rows, scale=index.store.scale)
+    found.update(ids=index.ids)
+    if index.tree is not None:
+        tree = index.tree
+        if not isinstance(tree.codebook, Codebook):
+            raise TypeError(
+                "index must have product codes (Codebook) to be saved; "
+                f"got {type(tree.codebook).__name__}"
+            )
+        rows = coded_rows(tree, index.num_rows)
+        found.update(
+            leaves=rows.leaves,
+            centroids=tree.centroids,
+            leaf_offset=tree.leaf_offset,
+            codewords=tree.codebook.codewords,
+            offset=rows.offset,
+            codes=_halves(rows.codes) if tree.codebook.num_codewords <= 16 else rows.codes,
+        )
+    arrays = {name: np.asarray(array) for name, array in found.items() if array is not None}
+    return {name: arrays[name] for name in TENSORS if name in arrays}
+
+
+def _halves(codes: np.ndarray) -> np.ndarray:
+    packed = codes[:, 0::2].copy()
+    packed[:, : codes.shape[1] // 2] |= codes[:, 1::2] << 4
+    return packed
+
+
+def _from_halves(packed: np.ndarray, m: int) -> np.ndarray:
+    codes = np.empty((len(packed), m), np.uint8)
+    for start in range(0, len(packed), _CHUNK):
+        part = packed[start : start + _CHUNK]
+        codes[start : start + _CHUNK, 0::2] = part & 15
+        codes[start : start + _CHUNK, 1::2] = part[:, : m // 2] >> 4
+    return codes
+
+
+def header_of(index: Index, specs: Mapping[str, Spec]) -> dict[str, Any]:
+    """Describe an index and its tensors in values of JSON."""
+    codec = None
+    if index.tree is not None:
+        book = index.tree.codebook
+        codec = {
+            "kind": "product",
+            "num_subspaces": book.num_subspaces,
+            "num_codewords": book.num_codewords,
+        }
+    return {
+        "magic": MAGIC,
+        "format_version": FORMAT_VERSION,
+        "library_version": importlib.import_module("avq_jax").__version__,
+        "metric": index.metric,
+        "num_rows": index.num_rows,
+        "dim": index.dim,
+        "num_leaves": index.num_leaves,
+        "leaves_to_search": index.leaves_to_search,
+        "codec": codec,
+        "weight": _weight_to_json(index.weight),
+        "tensors": {
+            name: {"dtype": spec.dtype, "shape": list(spec.shape), "sha256": spec.sha256}
+            for name, spec in specs.items()
+        },
+    }
+
+
+def _weight_to_json(weight: Any) -> dict[str, Any]:
+    for name, (cls, fields) in _WEIGHTS.items():
+        if type(weight) is cls:
+            values = {field: np.asarray(getattr(weight, field)) for field in fields}
+            if all(value.ndim == 0 for value in values.values()):
+                # As text, since JSON has no infinity; repr gives every bit back.
+                return {"name": name, "parameters": {k: repr(float(v)) for k, v in values.items()}}
+    if isinstance(weight, UnknownWeight):
+        return {"name": "custom", "class": weight.name}
+    kind = type(weight)
+    return {"name": "custom", "class": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def _weight_from_json(found: Any, given: Any, where: str) -> Any:
+    try:
+        if found["name"] == "custom":
+            return UnknownWeight(str(found["class"])) if given is None else given
+        cls, fields = _WEIGHTS[found["name"]]
+        values = {key: float(text) for key, text in found["parameters"].items()}
+        if set(values) != set(fields) or any(math.isnan(v) for v in values.values()):
+            raise ValueError("parameters of another weight, or none")
+        weight = cls(**{key: jnp.float32(value) for key, value in values.items()})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IndexFormatError(f"{where} is damaged: unreadable weight {found!r}") from error
+    if given is not None:
+        raise ValueError(
+            f"weight must be None for {where}, which was saved with the built-in {weight}"
+        )
+    return weight
+
+
+def check_header(header: Mapping[str, Any], where: str) -> dict[str, Spec]:
+    """Check every field of a header against the format.
+
+    Returns:
+      What the header says of each tensor, in the order of the file.
+
+    Raises:
+      IndexFormatError: a field that is missing, of another kind or out of range.
+    """
+
+    def need(ok: Any, rule: str) -> None:
+        if not ok:
+            raise IndexFormatError(f"{where} is damaged: its header breaks the rule {rule!r}")
+
+    def count(fields: Any, name: str, least: int, most: int) -> int:
+        value = fields.get(name)
+        need(type(value) is int and least <= value <= most, f"{least} <= {name} <= {most}")
+        return value
+
+    n = count(header, "num_rows", 0, _MOST_ROWS)
+    d = count(header, "dim", 1, _MOST_ROWS)
+    L = count(header, "num_leaves", 0, _MOST_ROWS)
+    count(header, "leaves_to_search", 1, _MOST_ROWS)
+    metric: Any = header.get("metric")
+    codec: Any = header.get("codec")
+    tensors: Any = header.get("tensors")
+    need(metric in METRICS, f"metric is one of {METRICS}")
+    need(isinstance(tensors, dict), "tensors is an object")
+    need(tensors and set(tensors) <= set(TENSORS), f"tensors are among {TENSORS}")
+    shapes: dict[str, tuple[int, ...]] = {}
+    kinds: dict[str, Any] = {"leaves": "I32", "codes": "U8", "ids": "U32"}
+    if "rows" in tensors:
+        shapes["rows"] = (n, d)
+        kinds["rows"] = tensors["rows"].get("dtype") if isinstance(tensors["rows"], dict) else ""
+        need(kinds["rows"] in ("F32", "BF16", "I8"), "rows are F32, BF16 or I8")
+        if kinds["rows"] == "I8":
+            shapes["scale"] = (n,)
+    if "ids" in tensors:
+        shapes["ids"] = (n, 2)
+    if codec is None:
+        need(L == 0 and "rows" in tensors, "without codes there are rows and no leaves")
+    else:
+        need(isinstance(codec, dict) and codec.get("kind") == "product", "codec is product codes")
+        m, k = count(codec, "num_subspaces", 1, _MOST_ROWS), count(codec, "num_codewords", 1, 256)
+        need(L >= 1, "codes lie in leaves")
+        shapes |= {"leaves": (n,), "centroids": (L, d), "codewords": (m, k, -(-d // m))}
+        shapes["codes"] = (n, -(-m // 2) if k <= 16 else m)
+        if metric == "l2":
+            shapes |= {"leaf_offset": (L,), "offset": (n,)}
+    need(set(shapes) == set(tensors), f"the tensors are {sorted(shapes)}")
+    specs = {}
+    for name in TENSORS:
+        if name in shapes:
+            dtype, shape, said = kinds.get(name, "F32"), shapes[name], tensors[name]
+            need(isinstance(said, dict) and said.get("dtype") == dtype, f"{name} is {dtype}")
+            need(said.get("shape") == list(shape), f"{name} has shape {list(shape)}")
+            digest = said.get("sha256")
+            need(isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest), "sha256 in hex")
+            specs[name] = Spec(dtype, shape, digest)
+    return specs
+
+
+def index_of(
+    header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], weight: Any, where: str
+) -> Index:
+    """Put an index together from a checked header and its tensors.
+
+    Raises:
+      IndexFormatError: a number that points outside an array, or is not finite.
+      ValueError: ``weight`` given where the file has one.
+    """
+
+    def need(ok: Any, name: str, rule: str) -> None:
+        if not ok:
+            raise IndexFormatError(f"{where} is damaged: {name} must be {rule}")
+
+    weight = _weight_from_json(header.get("weight"), weight, where)
+    for name in ("centroids", "codewords", "leaf_offset", "offset", "scale"):
+        if name in arrays:
+            need(np.isfinite(arrays[name]).all(), name, "finite")
+    n, tree, store = header["num_rows"], None, None
+    if "ids" in arrays:
+        need(arrays["ids"][:, 0].max(initial=0) < 2**31, "ids", "below 2^63")
+    if header["codec"] is not None:
+        m, k = header["codec"]["num_subspaces"], header["codec"]["num_codewords"]
+        L, leaves, codes = header["num_leaves"], arrays["leaves"], arrays["codes"]
+        need(not n or (leaves.min() >= 0 and leaves.max() < L), "leaves", f"0 to {L - 1}")
+        if k <= 16:
+            spare = m % 2 and n and (codes[:, -1] >> 4).any()
+            need(not spare, "codes", "0 in the last half byte")
+            codes = _from_halves(codes, m)
+        need(codes.max(initial=0) < k, "codes", f"below num_codewords, {k}")
+        leaf_offset = arrays.get("leaf_offset")
+        tree = pack_tree(
+            jnp.asarray(arrays["centroids"]),
+            leaves,
+            Codebook(jnp.asarray(arrays["codewords"]), header["dim"]),
+            codes,
+            arrays.get("offset"),
+            leaf_offset=None if leaf_offset is None else jnp.asarray(leaf_offset),
+        )
+    if "rows" in arrays:
+        scale = arrays.get("scale")
+        # device_put uses an aligned array in place on a CPU device, where jnp.asarray copies.
+        store = Store(jax.device_put(arrays["rows"]), None if scale is None else jnp.asarray(scale))
+    return Index(
+        tree=tree,
+        store=store,
+        ids=jax.device_put(arrays["ids"]) if "ids" in arrays else None,
+        weight=weight,
+        metric=header["metric"],
+        num_rows=n,
+        dim=header["dim"],
+        leaves_to_search=header["leaves_to_search"],
+    )

@@ -1,0 +1,176 @@
+"""The index: a pytree of few arrays that search needs, and what users ask of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int64, UInt8, UInt32
+
+from avq_jax.mips.partition import Layout
+from avq_jax.quantization import Codebook
+
+__all__ = ["Index", "Tree", "user_ids"]
+
+
+class Tree(NamedTuple):
+    """Quantized rows in leaves; a pytree.
+
+    A row of leaf l is approximated by ``centroids[l] + decode(codes)``.
+
+    Attributes:
+      centroids: ``float32[L, d]``.
+      leaf_offset: ``float32[L]`` added to ``<q, centroid>`` when leaves are ranked, or ``None``.
+      layout: which row lies in which slot, and where leaves start.
+      codebook: codewords of the residuals.
+      codes: ``uint8[S / 32, m, 32]``, blocks of 32 slots, points last.
+      offset: ``float32[S / 32, 32]`` term of each row (L2 only), or ``None``.
+    """
+
+    centroids: Float[Array, "L d"]
+    leaf_offset: Float[Array, " L"] | None
+    layout: Layout
+    codebook: Codebook
+    codes: UInt8[Array, "nb m block"]
+    offset: Float[Array, "nb block"] | None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tree", "store", "ids", "weight"],
+    meta_fields=["metric", "num_rows", "dim", "leaves_to_search"],
+)
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """A searchable set of rows; a pytree, so it passes through ``jit`` as an argument.
+
+    Made by :func:`avq_jax.build`. Small sets have no ``tree`` and are searched exactly.
+
+    >>> import avq_jax, jax, numpy as np
+    >>> avq_jax.build(jax.random.key(0), np.eye(40))
+    Index(40 rows x 40, dot, exact scoring of float32 rows)
+
+    Attributes:
+      tree: the quantized rows, or ``None`` where all rows are scored exactly.
+      store: the rows for exact scoring, or ``None`` if dropped.
+      ids: ``uint32[n, 2]`` high and low words of the user's int64 ids, or ``None``.
+      weight: the weight of the score-aware loss the codes were learned under.
+      metric: ``"dot"``, ``"cosine"`` or ``"l2"``.
+      num_rows: n.
+      dim: d.
+      leaves_to_search: default of :func:`avq_jax.search`.
+    """
+
+    tree: Any
+    store: Any
+    ids: Any
+    weight: Any
+    metric: str
+    num_rows: int
+    dim: int
+    leaves_to_search: int
+
+    @property
+    def num_leaves(self) -> int:
+        """Leaves of the tree; 0 without one."""
+        return 0 if self.tree is None else self.tree.centroids.shape[0]
+
+    @property
+    def code_bytes(self) -> float:
+        """Bytes of the codes of a row, at log2(k) bits a subspace, without the rescoring row."""
+        if self.tree is None:
+            return 0.0
+        return self.tree.codebook.bits / 8 + (0 if self.tree.offset is None else 4)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays as they lie in memory."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self) if hasattr(leaf, "nbytes"))
+
+    def __repr__(self) -> str:
+        kept = "none" if self.store is None else str(self.store.rows.dtype)
+        head = f"Index({self.num_rows} rows x {self.dim}, {self.metric}"
+        if self.tree is None:
+            return f"{head}, exact scoring of {kept} rows)"
+        book = self.tree.codebook
+        return (
+            f"{head}, {self.num_leaves} leaves of which {self.leaves_to_search} are searched, "
+            f"codes {book.num_subspaces} x {book.num_codewords} ({self.code_bytes:g} bytes a row) "
+            f"under {_printable(self.weight)}, rescoring rows {kept})"
+        )
+
+
+def _printable(weight: Any) -> Any:
+    leaves, structure = jax.tree.flatten(weight)
+    if any(isinstance(leaf, jax.core.Tracer) or np.ndim(leaf) for leaf in leaves):
+        return weight
+    return structure.unflatten([float(f"{float(leaf):.6g}") for leaf in leaves])
+
+
+def pack_ids(ids: Any, n: int) -> UInt32[np.ndarray, "n 2"]:
+    """User ids as two 32-bit words; JAX would cut a 64-bit leaf to 32 bits without a word.
+
+    Raises:
+      TypeError: ids that are not integers.
+      ValueError: a wrong number of ids, a negative or a repeated one.
+
+    >>> pack_ids([2**40 + 5], 1).tolist()
+    [[256, 5]]
+    """
+    values = np.asarray(ids)
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"ids must be integers; got dtype {values.dtype}")
+    if values.shape != (n,):
+        raise ValueError(f"ids must have shape ({n},), one for each row; got {values.shape}")
+    if values.dtype.kind == "u" and n and values.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"ids must fit int64; got {values.max()}")
+    values = values.astype(np.int64)
+    if n and values.min() < 0:
+        row = int(np.argmax(values < 0))
+        raise ValueError(f"ids must be >= 0; got {values[row]} at row {row}")
+    unique, first, count = np.unique(values, return_index=True, return_counts=True)
+    if len(unique) < n:
+        twice = int(np.argmax(count > 1))
+        raise ValueError(
+            f"ids must be distinct; {unique[twice]} comes {count[twice]} times, first at row "
+            f"{first[twice]}"
+        )
+    return np.stack([values >> 32, values & 0xFFFFFFFF], axis=1).astype(np.uint32)
+
+
+def user_ids(index: Index, rows: Any) -> Int64[np.ndarray, "*shape"]:
+    """Row numbers of a search result as the ids given to ``build``.
+
+    Args:
+      index: the index searched.
+      rows: row numbers of any shape; -1 stays -1.
+
+    Returns:
+      ``int64`` NumPy array of the same shape; the row numbers themselves without user ids.
+
+    Raises:
+      TypeError: row numbers that are not integers.
+      ValueError: a row number beyond the index.
+
+    >>> import avq_jax, jax, numpy as np
+    >>> x = np.eye(40, dtype=np.float32)
+    >>> index = avq_jax.build(jax.random.key(0), x, ids=2**40 + np.arange(40))
+    >>> user_ids(index, avq_jax.search(index, x[2], k=1).ids).tolist()
+    [1099511627778]
+    """
+    rows = np.asarray(rows)
+    if rows.size == 0:
+        return np.zeros(rows.shape, np.int64)
+    if rows.dtype.kind not in "iu":
+        raise TypeError(f"rows must be integers; got dtype {rows.dtype}")
+    if rows.min() < -1 or rows.max() >= index.num_rows:
+        wrong = rows.min() if rows.min() < -1 else rows.max()
+        raise ValueError(f"rows must be -1 or from 0 to {index.num_rows - 1}; got {wrong}")
+    if index.ids is None:
+        return rows.astype(np.int64)
+    words = np.asarray(index.ids).astype(np.int64)
+    found = (words[:, 0] << 32) | words[:, 1]
+    return np.where(rows < 0, np.int64(-1), found[np.maximum(rows, 0)])

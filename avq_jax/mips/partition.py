@@ -1,0 +1,158 @@
+"""The k-means tree: leaves of nearby rows, most of which a query can skip (section 5.3)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from avq_jax.progress import steps
+
+__all__ = ["BLOCK", "Layout", "check_slots", "lay_out", "nearest_centroids", "train_centroids"]
+
+# Rows a block of codes: a leaf fills whole blocks, so that a scan can start at any leaf.
+BLOCK = 32
+
+_ROWS_PER_STEP = 1024
+_CHUNK = 1 << 17
+
+
+class Layout(NamedTuple):
+    """Where the rows of each leaf lie.
+
+    Attributes:
+      slots: ``int32[S]`` row number in each slot, -1 where a leaf ends inside its last block.
+        S is a multiple of :data:`BLOCK`; inside a leaf row numbers rise.
+      starts: ``int32[L + 1]`` first block of each leaf.
+    """
+
+    slots: Int32[Array | np.ndarray, " S"]
+    starts: Int32[Array | np.ndarray, " L+1"]
+
+
+def _nearest(x: Float[Array, "B d"], centroids: Float[Array, "L d"]) -> Int32[Array, " B"]:
+    """Find the nearest centroid of each row, the first of equals.
+
+    Two plain reductions vectorise where ``argmax`` does not (0.7 us against 3 us a row).
+    """
+    half = 0.5 * jnp.sum(centroids * centroids, axis=1)
+    scores = jnp.matmul(centroids, x.T, precision="highest") - half[:, None]
+    best = jnp.max(scores, axis=0, keepdims=True)
+    number = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    return jnp.min(jnp.where(scores == best, number, centroids.shape[0] - 1), axis=0)
+
+
+def _in_steps(x: Array) -> Array:
+    n, d = x.shape
+    return jnp.pad(x, ((0, -n % _ROWS_PER_STEP), (0, 0))).reshape(-1, _ROWS_PER_STEP, d)
+
+
+@jax.jit
+def _assign(x: Float[Array, "n d"], centroids: Float[Array, "L d"]) -> Int32[Array, " n"]:
+    leaves = jax.lax.map(lambda rows: _nearest(rows, centroids), _in_steps(x))
+    return leaves.reshape(-1)[: x.shape[0]]
+
+
+@jax.jit
+def _k_means_step(x: Float[Array, "n d"], centroids: Float[Array, "L d"]):
+    num_leaves = centroids.shape[0]
+    leaves = _assign(x, centroids)
+    size = jax.ops.segment_sum(jnp.ones(x.shape[0], jnp.float32), leaves, num_leaves)
+    total = jax.ops.segment_sum(x, leaves, num_leaves)
+    fresh = total / jnp.maximum(size, 1)[:, None]
+    # An empty leaf restarts at one of the rows that lie farthest from their centroid.
+    distance = jnp.sum((x - centroids[leaves]) ** 2, axis=1)
+    far = x[jax.lax.top_k(distance, num_leaves)[1]]
+    empty = size == 0
+    far = far[jnp.maximum(jnp.cumsum(empty.astype(jnp.int32)) - 1, 0)]
+    return jnp.where(empty[:, None], far, fresh), jnp.mean(distance)
+
+
+def train_centroids(
+    key: Array,
+    x: Float[Array, "n d"],
+    *,
+    num_leaves: int,
+    num_iterations: int = 12,
+    tolerance: float = 1e-3,
+    progress: bool | None = False,
+) -> Float[Array, "L d"]:
+    """Learn leaf centroids by k-means (Lloyd, 1982), from random distinct rows.
+
+    Args:
+      key: a typed key.
+      x: ``[n, d]`` training rows, n >= num_leaves.
+      num_leaves: L.
+      num_iterations: most iterations.
+      tolerance: stop when an iteration lowers the mean squared distance by a smaller fraction.
+      progress: show a progress bar.
+
+    Returns:
+      ``float32[L, d]`` centroids.
+    """
+    centroids = x[jax.random.choice(key, x.shape[0], (num_leaves,), replace=False)]
+    if num_leaves == 1:
+        return jnp.mean(x, axis=0, keepdims=True)
+    previous = np.inf
+    for _ in steps(num_iterations, "partitioning", progress):
+        centroids, loss = _k_means_step(x, centroids)
+        if previous - (loss := float(loss)) <= tolerance * loss:
+            break
+        previous = loss
+    return centroids
+
+
+def nearest_centroids(x: Any, centroids: Float[Array, "L d"]) -> Int32[np.ndarray, " n"]:
+    """Find the leaf of every row, chunk by chunk on the host.
+
+    Args:
+      x: ``[n, d]`` rows.
+      centroids: ``[L, d]``.
+
+    Returns:
+      ``int32[n]``; of equal distances the first leaf.
+    """
+    n = x.shape[0]
+    leaves = np.empty(n, np.int32)
+    for start in range(0, n, _CHUNK):
+        start = max(0, min(start, n - _CHUNK))
+        leaves[start : start + _CHUNK] = _assign(jnp.asarray(x[start : start + _CHUNK]), centroids)
+    return leaves
+
+
+def check_slots(num_blocks: int) -> None:
+    """Raise unless every slot of so many blocks has an int32 number.
+
+    Raises:
+      ValueError: 2^31 slots or more.
+
+    >>> check_slots(1000)
+    """
+    if num_blocks * BLOCK > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"an index must have fewer than 2^31 slots, rows and padding; got {num_blocks * BLOCK}"
+        )
+
+
+def lay_out(leaves: Int32[np.ndarray, " n"], *, num_leaves: int) -> Layout:
+    """Rows sorted by leaf, each leaf padded to whole blocks.
+
+    Raises:
+      ValueError: more slots than int32 can number.
+
+    >>> lay_out(np.array([1, 0, 1], np.int32), num_leaves=2).starts.tolist()
+    [0, 1, 2]
+    """
+    order = np.argsort(leaves, kind="stable").astype(np.int32)
+    sizes = np.bincount(leaves, minlength=num_leaves)
+    blocks = -(-sizes // BLOCK)
+    check_slots(int(blocks.sum()))
+    starts = np.concatenate([[0], np.cumsum(blocks)]).astype(np.int32)
+    slots = np.full(int(starts[-1]) * BLOCK, -1, np.int32)
+    first = np.cumsum(sizes) - sizes
+    shift = starts[:-1].astype(np.int64) * BLOCK - first
+    slots[np.arange(len(order)) + np.repeat(shift, sizes)] = order
+    return Layout(slots, starts)

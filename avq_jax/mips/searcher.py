@@ -1,0 +1,277 @@
+"""Search: leaves, codes, candidates, exact rescoring; inside ``jit`` or through a host handle."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from avq_jax.checks import as_count, as_queries, is_traced
+from avq_jax.mips.exact import SearchResult
+from avq_jax.mips.exact import _power_of_two as power_of_two
+from avq_jax.mips.index import Index
+from avq_jax.mips.rescoring import rough_scores, store_scores
+from avq_jax.mips.scoring import (
+    Candidates,
+    candidate_scores,
+    leaf_scores,
+    rank_leaves,
+    scan_leaves,
+)
+from avq_jax.quantization.rows import unit
+
+__all__ = ["search", "searcher"]
+
+# Queries that share one product with the centroids. Always this many, so that a query gets the
+# same bits whatever the batch around it.
+_TILE = 8
+
+# Rows beyond k that exact search scores again, for what the product ranks a rounding error apart.
+_SPARE = 64
+
+# Queries of dot products with a largest value beyond this, or below its inverse, are rescaled.
+_LARGE = 2.0**40
+_MAX = float(jnp.finfo(jnp.float32).max)
+
+
+class _Effort(NamedTuple):
+    """Static settings of a search."""
+
+    k: int
+    leaves_to_search: int
+    rescore: int
+
+
+def _effort(index: Index, k: Any, leaves_to_search: Any, rescore: Any) -> _Effort:
+    k = as_count(k, name="k")
+    if leaves_to_search is None:
+        leaves_to_search = index.leaves_to_search
+    leaves = min(as_count(leaves_to_search, name="leaves_to_search"), index.num_leaves)
+    if rescore is None:
+        rescore = max(10 * k, 100) if index.store is not None else 0
+    rescore = as_count(rescore, name="rescore", minimum=0)
+    if index.store is None and rescore:
+        raise ValueError(
+            "rescore must be 0 for an index built with rescore_dtype=None, which keeps no rows; "
+            f"got {rescore}"
+        )
+    if 0 < rescore < k:
+        raise ValueError(f"rescore must be 0 (off) or at least k = {k}; got {rescore}")
+    return _Effort(k, leaves, rescore)
+
+
+def _as_mask(allowed: Any, b: int, n: int) -> Any:
+    if allowed is None:
+        return None
+    allowed = jnp.asarray(allowed)
+    if allowed.dtype != jnp.bool_:
+        raise TypeError(
+            f"allowed must be a boolean mask over the rows, not a list of ids; got {allowed.dtype}"
+        )
+    if allowed.shape not in ((n,), (b, n)):
+        raise ValueError(f"allowed must have shape ({n},) or ({b}, {n}); got {allowed.shape}")
+    return allowed
+
+
+def search(
+    index: Index,
+    queries: Any,
+    *,
+    k: int = 10,
+    leaves_to_search: int | None = None,
+    rescore: int | None = None,
+    allowed: Any = None,
+) -> SearchResult:
+    """Find the k rows of largest score for each query.
+
+    Ranks the leaves by ``<q, centroid>``, scores the codes of the best of them
+    (``<q, centroid> + sum_m table[m, code_m]``), and rescores the best candidates exactly. Works
+    eagerly and inside ``jit``, ``vmap`` and ``grad``: the scores are differentiable in queries
+    and index arrays, the ids carry no gradient.
+
+    Args:
+      index: from :func:`avq_jax.build`; a pytree, so pass it to a jitted function as an argument.
+      queries: ``[b, d]``, or ``[d]`` for one query, whose result is then squeezed.
+      k: results a query.
+      leaves_to_search: leaves probed; more raises recall and time; ``None`` takes the default of
+        the index. More than there are means all.
+      rescore: candidates scored again from the stored rows; 0 turns it off, so that scores are
+        estimates from the codes alone; ``None`` takes ``max(10 k, 100)``, or 0 without stored
+        rows. An index without a tree always scores its stored rows.
+      allowed: boolean mask ``[n]`` or ``[b, n]`` of rows that may be returned.
+
+    Returns:
+      ``SearchResult(scores, ids)``, ``float32`` and ``int32`` of shape ``[b, k]``. Scores are
+      inner products, cosines or negated squared distances, best first; ids are row numbers
+      (:func:`avq_jax.user_ids` gives the user's). Equal scores: lowest row first. Where fewer
+      than k rows are found, or the query is not finite: id -1 and score -inf.
+
+    Raises:
+      TypeError: k, leaves_to_search or rescore not integers; allowed not boolean.
+      ValueError: another query width than the index, k below 1, 0 < rescore < k, a mask of the
+        wrong length.
+
+    >>> import avq_jax, jax
+    >>> x = jax.random.normal(jax.random.key(0), (1000, 16))
+    >>> index = avq_jax.build(jax.random.key(1), x, num_leaves=10)
+    >>> found = avq_jax.search(index, x[:2], k=3, leaves_to_search=10)
+    >>> found.ids.shape
+    (2, 3)
+
+    Reference:
+      Guo et al., 2020, section 5.3.
+    """
+    if not isinstance(index, Index):
+        raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
+    rows, single = as_queries(queries, width=index.dim)
+    effort = _effort(index, k, leaves_to_search, rescore)
+    mask = _as_mask(allowed, rows.shape[0], index.num_rows)
+    result = _search(index, rows, mask, effort)
+    return SearchResult(result.scores[0], result.ids[0]) if single else result
+
+
+@functools.partial(jax.jit, static_argnames="effort")
+def _search(
+    index: Index, queries: Float[Array, "b d"], allowed: Bool[Array, "*b n"] | None, effort: _Effort
+) -> SearchResult:
+    b = queries.shape[0]
+    if b == 0 or index.num_rows == 0:
+        scores = jnp.full((b, effort.k), -jnp.inf, jnp.float32)
+        return SearchResult(scores, jnp.full((b, effort.k), -1, jnp.int32))
+    usable = jnp.all(jnp.isfinite(queries), axis=1)
+    q = jnp.where(usable[:, None], queries, 0)
+    factor = jnp.ones(b, jnp.float32)
+    if index.metric == "cosine":
+        q = unit(q)
+    elif index.metric == "dot":
+        # Scores scale along with the query; a power of two keeps them inside float32.
+        largest = jnp.max(jnp.abs(jax.lax.stop_gradient(q)), axis=1)
+        extreme = (largest > _LARGE) | (largest < 1 / _LARGE)
+        factor = jnp.where(extreme, power_of_two(largest), factor)
+        q = q / factor[:, None]
+
+    def one(args):
+        q, shared, mask, ok = args
+        mask = allowed if mask is None else mask
+        shape = (effort.k,)
+
+        def nothing():
+            # Made from `ok`, so that both branches vary alike over the devices of shard_map.
+            none = jnp.broadcast_to(ok.astype(jnp.int32) * 0, shape)
+            return none.astype(jnp.float32) - jnp.inf, none - 1
+
+        return jax.lax.cond(ok, lambda: _search_one(index, q, shared, mask, effort), nothing)
+
+    def tile(args):
+        q, mask, ok = args
+        tree, probe = jax.lax.stop_gradient((index.tree, q))
+        if tree is None:
+            shared = rough_scores(jax.lax.stop_gradient(index.store), probe, metric=index.metric)
+        else:
+            shared = leaf_scores(tree, probe)
+        return jax.lax.map(one, (q, shared, mask, ok))
+
+    each = allowed if allowed is not None and allowed.ndim == 2 else None
+    pad = -b % _TILE
+
+    def in_tiles(a: Array) -> Array:
+        a = jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1))
+        return a.reshape(-1, _TILE, *a.shape[1:])
+
+    scores, ids = jax.lax.map(tile, jax.tree.map(in_tiles, (q, each, usable)))
+    scores, ids = (a.reshape(-1, effort.k)[:b] for a in (scores, ids))
+    found = ids >= 0
+    scores = jnp.clip(jnp.where(found, scores, 0) * factor[:, None], -_MAX, _MAX)
+    return SearchResult(jnp.where(found, scores, -jnp.inf), ids)
+
+
+def _search_one(index, q, shared, allowed, effort):
+    """Find the best of one query; ``shared`` scores the leaves, or all rows without a tree."""
+    n, k = index.num_rows, effort.k
+    # The selection has no gradient; the scores of what it selects are computed again below.
+    tree, probe = jax.lax.stop_gradient((index.tree, q))
+    if tree is None:
+        if allowed is not None:
+            shared = jnp.where(allowed, shared, -jnp.inf)
+        top, slots = jax.lax.top_k(shared, min(n, max(4 * k, k + _SPARE)))
+        best = Candidates(top, slots.astype(jnp.int32), jnp.zeros(slots.shape, jnp.int32))
+        rows = jnp.where(top > -jnp.inf, best.slots, n)
+    else:
+        count = min(max(k, effort.rescore), n)
+        leaves = rank_leaves(tree, shared, effort.leaves_to_search)
+        best = scan_leaves(tree, probe, shared, leaves, allowed, count=count)
+        rows = jnp.where(best.slots >= 0, tree.layout.slots[jnp.maximum(best.slots, 0)], n)
+    # In row order, so that top_k gives the lowest row first among equals.
+    order = jnp.argsort(rows)
+    rows, best = rows[order], jax.tree.map(lambda a: a[order], best)
+    if tree is None or effort.rescore:
+        scores = store_scores(index.store, q, jnp.minimum(rows, n - 1), metric=index.metric)
+    else:
+        scores = candidate_scores(index.tree, q, best)
+        if index.metric == "l2":
+            # <q, x> - ||x||^2 / 2 back to -||q - x||^2
+            scores = 2 * scores - jnp.sum(q * q)
+    scores = jnp.where(rows < n, jnp.maximum(scores, -_MAX), -jnp.inf)
+    scores, order = jax.lax.top_k(scores, min(k, len(rows)))
+    ids = jnp.where(rows[order] < n, rows[order], -1)
+    pad = (0, k - len(order))
+    return (
+        jnp.pad(scores, pad, constant_values=-jnp.inf),
+        jnp.pad(ids, pad, constant_values=-1).astype(jnp.int32),
+    )
+
+
+def searcher(
+    index: Index,
+    *,
+    k: int = 10,
+    leaves_to_search: int | None = None,
+    rescore: int | None = None,
+) -> Callable[[Any], tuple[np.ndarray, np.ndarray]]:
+    """Make a handle for serving loops: NumPy in and out, compiled once for each batch size.
+
+    Args:
+      index: from :func:`avq_jax.build`.
+      k: results a query.
+      leaves_to_search: as in :func:`search`.
+      rescore: as in :func:`search`.
+
+    Returns:
+      A callable from queries, ``[b, d]`` or ``[d]``, to ``SearchResult`` of NumPy arrays. It may
+      be called from many threads.
+
+    Raises:
+      TypeError, ValueError: as :func:`search`.
+
+    >>> import avq_jax, jax, numpy as np
+    >>> x = np.asarray(jax.random.normal(jax.random.key(0), (1000, 16)))
+    >>> find = avq_jax.searcher(avq_jax.build(jax.random.key(1), x), k=3)
+    >>> type(find(x[0]).ids), find(x[:5]).ids.shape
+    (<class 'numpy.ndarray'>, (5, 3))
+    """
+    if not isinstance(index, Index):
+        raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
+    if is_traced(index):
+        raise TypeError("searcher needs concrete arrays; inside jit call search instead")
+    effort = _effort(index, k, leaves_to_search, rescore)
+    index = jax.tree.map(jnp.asarray, index)
+
+    @functools.lru_cache(maxsize=64)
+    def compiled(b: int) -> Callable:
+        shape = jax.ShapeDtypeStruct((b, index.dim), jnp.float32)
+        return _search.lower(index, shape, None, effort).compile()
+
+    def find(queries: Any) -> SearchResult:
+        if is_traced(queries):
+            raise TypeError("a searcher takes concrete queries; inside jit call search instead")
+        rows, single = as_queries(queries, width=index.dim)
+        scores, ids = compiled(rows.shape[0])(index, np.asarray(rows), None)
+        result = SearchResult(np.asarray(scores), np.asarray(ids))
+        return SearchResult(result.scores[0], result.ids[0]) if single else result
+
+    return find
