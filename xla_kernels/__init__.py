@@ -11,3 +11,5 @@ from .tree_search.api import tree_search as tree_search
 from .tree_search.packed import PackedTree as PackedTree
 from .tree_search.packed import pack_tree as pack_tree
 from .tree_search.packed import slots_per_block as slots_per_block
+from .tree_search.xla import best_rows as best_rows
+from .tree_search.xla import row_scores as row_scores

@@ -17,11 +17,12 @@ from avq_jax.loss import QueryTerms, Scaling, Threshold, Uniform, Weight, row_no
 from avq_jax.mips.exact import METRICS
 from avq_jax.mips.index import Index, Tree, pack_ids
 from avq_jax.mips.packing import pack_tree
-from avq_jax.mips.partition import BLOCK, check_slots, nearest_centroids, train_centroids
+from avq_jax.mips.partition import check_slots, nearest_centroids, train_centroids
 from avq_jax.mips.rescoring import StoreType, check_store_type, store_rows
 from avq_jax.progress import steps
 from avq_jax.quantization import decode, encode, fit
 from avq_jax.quantization.codebook import check_magnitude
+from xla_kernels import slots_per_block
 
 __all__ = ["build", "default_threshold"]
 
@@ -209,7 +210,7 @@ def _sizes(
             f"num_leaves = {leaves} is more than the {n} rows; using {n // 32 or 1}", stacklevel=3
         )
         leaves = n // 32 or 1
-    check_slots(n // BLOCK + leaves)
+    check_slots(n + slots_per_block(k) * leaves)
     return leaves, m
 
 

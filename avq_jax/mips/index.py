@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int64, UInt8, UInt32
+from jaxtyping import Int32, UInt32
 
-from avq_jax.mips.partition import Layout
 from avq_jax.quantization import Codebook
+from xla_kernels import PackedTree
 
 __all__ = ["Index", "Tree", "user_ids"]
 
@@ -22,20 +22,32 @@ class Tree(NamedTuple):
     A row of leaf l is approximated by ``centroids[l] + decode(codes)``.
 
     Attributes:
-      centroids: ``float32[L, d]``.
-      leaf_offset: ``float32[L]`` added to ``<q, centroid>`` when leaves are ranked, or ``None``.
-      layout: which row lies in which slot, and where leaves start.
-      codebook: codewords of the residuals.
-      codes: ``uint8[S / 32, m, 32]``, blocks of 32 slots, points last.
-      offset: ``float32[S / 32, 32]`` term of each row (L2 only), or ``None``.
+      packed: what a scan reads, in the layout of this machine; see
+        :class:`xla_kernels.PackedTree`.
     """
 
-    centroids: Float[Array, "L d"]
-    leaf_offset: Float[Array, " L"] | None
-    layout: Layout
-    codebook: Codebook
-    codes: UInt8[Array, "nb m block"]
-    offset: Float[Array, "nb block"] | None
+    packed: PackedTree
+
+    @property
+    def centroids(self) -> Any:
+        """``float32[L, d]``."""
+        return self.packed.centroids
+
+    @property
+    def leaf_offset(self) -> Any:
+        """``float32[L]`` added to ``<q, centroid>`` when leaves are ranked, or ``None``."""
+        return self.packed.leaf_offset if self.packed.leaf_offset.shape[0] else None
+
+    @property
+    def offset(self) -> Any:
+        """``float32[S]`` term of the score of each slot (L2 only), or ``None``."""
+        return self.packed.slot_offset if self.packed.slot_offset.shape[0] else None
+
+    @property
+    def codebook(self) -> Codebook:
+        """Codewords of the residuals."""
+        words = self.packed.codewords
+        return Codebook(words.transpose(0, 2, 1), dim=self.centroids.shape[1])
 
 
 @functools.partial(

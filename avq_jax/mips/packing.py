@@ -1,4 +1,4 @@
-"""Rows of codes to the blocks that a scan reads, and back: files keep rows, memory keeps blocks."""
+"""Rows of codes to the slots that a scan reads, and back: files keep rows, memory keeps slots."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+import xla_kernels
 from avq_jax.mips.index import Tree
-from avq_jax.mips.partition import BLOCK, Layout, lay_out
+from avq_jax.mips.partition import lay_out
 from avq_jax.quantization import Codebook
+from xla_kernels import slots_per_block, unpack_codes
 
 __all__ = ["CodedRows", "coded_rows", "pack_tree"]
-
-# Blocks handled at once, so that the peak stays near one copy of the codes.
-_BLOCKS = 1 << 14
 
 
 class CodedRows(NamedTuple):
     """What a tree knows of each row, in row order, free of any memory layout.
 
+    With spilling a row lies in c leaves, and every leaf has an axis ``[n, c, ...]`` more.
+
     Attributes:
-      leaves: ``int32[n]`` leaf of each row.
-      codes: ``uint8[n, m]``.
-      offset: ``float32[n]`` term of each row, or ``None``.
+      leaves: ``int32[n]`` or ``[n, c]``, leaf of each row.
+      codes: ``uint8[n, m]`` or ``[n, c, m]``.
+      offset: ``float32[n]`` or ``[n, c]``, term of each row, or ``None``.
     """
 
     leaves: np.ndarray
@@ -45,35 +46,34 @@ def pack_tree(
 
     Args:
       centroids: ``[L, d]``.
-      leaves: ``int32[n]`` leaf of each row, below L.
+      leaves: ``int32[n]`` or ``[n, c]``, leaf of each row (or of its c copies), below L.
       codebook: of the residuals.
-      codes: ``uint8[n, m]`` in row order.
-      offset: ``float32[n]`` term of each row (L2), or ``None``.
+      codes: ``uint8[n, m]`` or ``[n, c, m]`` in row order.
+      offset: ``float32[n]`` or ``[n, c]``, term of each row (L2), or ``None``.
       leaf_offset: ``float32[L]``; ``None`` makes it from the centroids where there are offsets.
 
     Returns:
       The :class:`Tree`; :func:`coded_rows` gives the arguments back.
     """
-    layout = lay_out(leaves, num_leaves=centroids.shape[0])
-    slots = np.asarray(layout.slots)
-    at = np.maximum(slots, 0).reshape(-1, BLOCK)
-    blocked = np.empty((at.shape[0], codes.shape[1], BLOCK), np.uint8)
-    for start in range(0, at.shape[0], _BLOCKS):
-        part = slice(start, start + _BLOCKS)
-        blocked[part] = codes[at[part]].transpose(0, 2, 1)
+    copies = 1 if leaves.ndim == 1 else leaves.shape[1]
+    block = slots_per_block(codebook.num_codewords)
+    layout = lay_out(leaves.reshape(-1), num_leaves=centroids.shape[0], block=block)
+    entries = np.asarray(layout.slots)
+    at = np.maximum(entries, 0)
     if offset is not None:
         if leaf_offset is None:
-            leaf_offset = -0.5 * jnp.sum(centroids * centroids, axis=1)
-        offset = jnp.asarray(np.where(slots >= 0, offset[np.maximum(slots, 0)], 0))
-        offset = offset.reshape(-1, BLOCK)
-    return Tree(
-        centroids=centroids,
+            leaf_offset = -0.5 * jnp.sum(jnp.asarray(centroids) ** 2, axis=1)
+        offset = np.where(entries >= 0, offset.reshape(-1)[at], 0)
+    packed = xla_kernels.pack_tree(
+        centroids,
+        layout.starts,
+        np.where(entries >= 0, entries // copies, -1),
+        codebook.codewords,
+        codes.reshape(-1, codes.shape[-1])[at],
         leaf_offset=leaf_offset,
-        layout=Layout(jnp.asarray(slots), jnp.asarray(layout.starts)),
-        codebook=codebook,
-        codes=jnp.asarray(blocked),
-        offset=offset,
+        slot_offset=offset,
     )
+    return Tree(packed)
 
 
 def coded_rows(tree: Tree, num_rows: int) -> CodedRows:
@@ -87,25 +87,24 @@ def coded_rows(tree: Tree, num_rows: int) -> CodedRows:
       :class:`CodedRows`, bit for bit what was packed.
 
     Raises:
-      ValueError: a row that lies in no leaf.
+      ValueError: a row that lies in no leaf, or in fewer than others.
     """
-    slots = np.asarray(tree.layout.slots)
-    sizes = np.diff(np.asarray(tree.layout.starts)) * BLOCK
+    packed = tree.packed
+    rows = np.asarray(packed.slot_rows)
+    block = slots_per_block(packed.codes.num_codewords)
+    sizes = np.diff(np.asarray(packed.starts)) * block
     leaf_of_slot = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    used = slots >= 0
-    leaves = np.full(num_rows, -1, np.int32)
-    leaves[slots[used]] = leaf_of_slot[used]
-    if num_rows and leaves.min() < 0:
-        raise ValueError(f"row {int(np.argmin(leaves))} of the index lies in no leaf")
-    blocked = np.asarray(tree.codes)
-    codes = np.empty((num_rows, blocked.shape[1]), np.uint8)
-    for start in range(0, blocked.shape[0], _BLOCKS):
-        part = slice(start, start + _BLOCKS)
-        rows, keep = slots.reshape(-1, BLOCK)[part].reshape(-1), used.reshape(-1, BLOCK)[part]
-        found = blocked[part].transpose(0, 2, 1).reshape(-1, blocked.shape[1])
-        codes[rows[keep.reshape(-1)]] = found[keep.reshape(-1)]
+    used = np.flatnonzero(rows >= 0)
+    copies = -(-len(used) // max(num_rows, 1))
+    present = np.bincount(rows[used], minlength=num_rows)
+    if num_rows and (present != copies).any():
+        row = int(np.argmax(present != copies))
+        raise ValueError(f"row {row} of the index lies in {present[row]} leaves, not {copies}")
+    # By row; the copies of a row by leaf, which is how slots lie.
+    order = used[np.argsort(rows[used], kind="stable")]
+    shape = (num_rows,) if copies == 1 else (num_rows, copies)
+    codes = np.asarray(unpack_codes(packed.codes))[order]
     offset = None
     if tree.offset is not None:
-        offset = np.empty(num_rows, np.float32)
-        offset[slots[used]] = np.asarray(tree.offset).reshape(-1)[used]
-    return CodedRows(leaves, codes, offset)
+        offset = np.asarray(tree.offset)[order].reshape(shape)
+    return CodedRows(leaf_of_slot[order].reshape(shape), codes.reshape(*shape, -1), offset)

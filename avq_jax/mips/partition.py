@@ -11,10 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from avq_jax.progress import steps
 
-__all__ = ["BLOCK", "Layout", "check_slots", "lay_out", "nearest_centroids", "train_centroids"]
-
-# Rows a block of codes: a leaf fills whole blocks, so that a scan can start at any leaf.
-BLOCK = 32
+__all__ = ["Layout", "check_slots", "lay_out", "nearest_centroids", "train_centroids"]
 
 _ROWS_PER_STEP = 1024
 _CHUNK = 1 << 17
@@ -25,7 +22,7 @@ class Layout(NamedTuple):
 
     Attributes:
       slots: ``int32[S]`` row number in each slot, -1 where a leaf ends inside its last block.
-        S is a multiple of :data:`BLOCK`; inside a leaf row numbers rise.
+        S is a multiple of the block size; inside a leaf row numbers rise.
       starts: ``int32[L + 1]`` first block of each leaf.
     """
 
@@ -123,36 +120,36 @@ def nearest_centroids(x: Any, centroids: Float[Array, "L d"]) -> Int32[np.ndarra
     return leaves
 
 
-def check_slots(num_blocks: int) -> None:
-    """Raise unless every slot of so many blocks has an int32 number.
+def check_slots(num_slots: int) -> None:
+    """Raise unless every slot of so many has an int32 number.
 
     Raises:
       ValueError: 2^31 slots or more.
 
     >>> check_slots(1000)
     """
-    if num_blocks * BLOCK > np.iinfo(np.int32).max:
+    if num_slots > np.iinfo(np.int32).max:
         raise ValueError(
-            f"an index must have fewer than 2^31 slots, rows and padding; got {num_blocks * BLOCK}"
+            f"an index must have fewer than 2^31 slots, rows and padding; got {num_slots}"
         )
 
 
-def lay_out(leaves: Int32[np.ndarray, " n"], *, num_leaves: int) -> Layout:
+def lay_out(leaves: Int32[np.ndarray, " n"], *, num_leaves: int, block: int) -> Layout:
     """Rows sorted by leaf, each leaf padded to whole blocks.
 
     Raises:
       ValueError: more slots than int32 can number.
 
-    >>> lay_out(np.array([1, 0, 1], np.int32), num_leaves=2).starts.tolist()
+    >>> lay_out(np.array([1, 0, 1], np.int32), num_leaves=2, block=32).starts.tolist()
     [0, 1, 2]
     """
     order = np.argsort(leaves, kind="stable").astype(np.int32)
     sizes = np.bincount(leaves, minlength=num_leaves)
-    blocks = -(-sizes // BLOCK)
-    check_slots(int(blocks.sum()))
+    blocks = -(-sizes // block)
+    check_slots(int(blocks.sum()) * block)
     starts = np.concatenate([[0], np.cumsum(blocks)]).astype(np.int32)
-    slots = np.full(int(starts[-1]) * BLOCK, -1, np.int32)
+    slots = np.full(int(starts[-1]) * block, -1, np.int32)
     first = np.cumsum(sizes) - sizes
-    shift = starts[:-1].astype(np.int64) * BLOCK - first
+    shift = starts[:-1].astype(np.int64) * block - first
     slots[np.arange(len(order)) + np.repeat(shift, sizes)] = order
     return Layout(slots, starts)

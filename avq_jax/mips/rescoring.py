@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
-__all__ = ["Store", "StoreType", "check_store_type", "rough_scores", "store_rows", "store_scores"]
+__all__ = ["Store", "StoreType", "check_store_type", "rough_scores", "store_rows"]
 
 StoreType = Literal["float32", "bfloat16", "int8"]
 
@@ -84,26 +84,3 @@ def rough_scores(store: Store, queries: Float[Array, "b d"], *, metric: str) -> 
         x, queries = x - center, queries - center
         half = 0.5 * jnp.sum(x * x, axis=1)
     return jnp.matmul(queries, x.T, precision=jax.lax.Precision.HIGHEST) - half[None, :]
-
-
-def store_scores(
-    store: Store, q: Float[Array, " d"], rows: Int32[Array, " R"], *, metric: str
-) -> Float[Array, " R"]:
-    """Scores of some rows for a query, one by one: ``<q, x>``, or ``-||q - x||^2`` for L2.
-
-    Args:
-      store: the rows.
-      q: ``[d]`` query (of unit length for cosine).
-      rows: ``int32[R]`` row numbers, all in range.
-      metric: ``"dot"``, ``"cosine"`` or ``"l2"``.
-
-    Returns:
-      ``float32[R]``.
-    """
-    x = store.rows[rows].astype(jnp.float32)
-    if store.scale is not None:
-        x = x * store.scale[rows][:, None]
-    if metric == "l2":
-        return -jnp.sum((q[None, :] - x) ** 2, axis=1)
-    # Not a matrix product: equal rows get equal bits wherever they stand.
-    return jnp.sum(q[None, :] * x, axis=1)

@@ -15,15 +15,9 @@ from avq_jax.checks import as_count, as_queries, is_traced
 from avq_jax.mips.exact import SearchResult
 from avq_jax.mips.exact import _power_of_two as power_of_two
 from avq_jax.mips.index import Index
-from avq_jax.mips.rescoring import rough_scores, store_scores
-from avq_jax.mips.scoring import (
-    Candidates,
-    candidate_scores,
-    leaf_scores,
-    rank_leaves,
-    scan_leaves,
-)
+from avq_jax.mips.rescoring import rough_scores
 from avq_jax.quantization.rows import unit
+from xla_kernels import best_rows, row_scores, tree_search
 
 __all__ = ["search", "searcher"]
 
@@ -45,9 +39,12 @@ class _Effort(NamedTuple):
     k: int
     leaves_to_search: int
     rescore: int
+    implementation: str | None
 
 
-def _effort(index: Index, k: Any, leaves_to_search: Any, rescore: Any) -> _Effort:
+def _effort(
+    index: Index, k: Any, leaves_to_search: Any, rescore: Any, implementation: Any
+) -> _Effort:
     k = as_count(k, name="k")
     if leaves_to_search is None:
         leaves_to_search = index.leaves_to_search
@@ -62,7 +59,7 @@ def _effort(index: Index, k: Any, leaves_to_search: Any, rescore: Any) -> _Effor
         )
     if 0 < rescore < k:
         raise ValueError(f"rescore must be 0 (off) or at least k = {k}; got {rescore}")
-    return _Effort(k, leaves, rescore)
+    return _Effort(k, leaves, rescore, implementation)
 
 
 def _as_mask(allowed: Any, b: int, n: int) -> Any:
@@ -86,6 +83,7 @@ def search(
     leaves_to_search: int | None = None,
     rescore: int | None = None,
     allowed: Any = None,
+    implementation: str | None = None,
 ) -> SearchResult:
     """Find the k rows of largest score for each query.
 
@@ -104,6 +102,8 @@ def search(
         estimates from the codes alone; ``None`` takes ``max(10 k, 100)``, or 0 without stored
         rows. An index without a tree always scores its stored rows.
       allowed: boolean mask ``[n]`` or ``[b, n]`` of rows that may be returned.
+      implementation: of the scan, ``"cpu"`` (compiled kernel), ``"xla"``, or ``None`` for the best
+        that can run.
 
     Returns:
       ``SearchResult(scores, ids)``, ``float32`` and ``int32`` of shape ``[b, k]``. Scores are
@@ -129,7 +129,7 @@ def search(
     if not isinstance(index, Index):
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
     rows, single = as_queries(queries, width=index.dim)
-    effort = _effort(index, k, leaves_to_search, rescore)
+    effort = _effort(index, k, leaves_to_search, rescore, implementation)
     mask = _as_mask(allowed, rows.shape[0], index.num_rows)
     result = _search(index, rows, mask, effort)
     return SearchResult(result.scores[0], result.ids[0]) if single else result
@@ -155,27 +155,65 @@ def _search(
         factor = jnp.where(extreme, power_of_two(largest), factor)
         q = q / factor[:, None]
 
+    if index.tree is None:
+        scores, ids = _search_rows(index, q, allowed, usable, effort)
+    else:
+        scores, ids = _search_tree(index, q, allowed, effort)
+    found = (ids >= 0) & usable[:, None]
+    scores = jnp.clip(jnp.where(found, scores, 0) * factor[:, None], -_MAX, _MAX)
+    return SearchResult(jnp.where(found, scores, -jnp.inf), jnp.where(found, ids, -1))
+
+
+def _search_tree(index: Index, q: Array, allowed: Any, effort: _Effort) -> tuple[Array, Array]:
+    """Search leaves, codes and, for rescoring, rows."""
+    packed = index.tree.packed
+    mask = None
+    if allowed is not None:
+        rows = packed.slot_rows
+        mask = allowed.reshape(-1, index.num_rows)[:, jnp.maximum(rows, 0)] & (rows >= 0)[None]
+    store = index.store if effort.rescore else None
+    scores, ids = tree_search(
+        packed,
+        q,
+        k=effort.k,
+        leaves_to_search=effort.leaves_to_search,
+        rescore=effort.rescore,
+        rows=None if store is None else store.rows,
+        row_scale=None if store is None else store.scale,
+        usable=mask,
+        euclidean=index.metric == "l2",
+        implementation=effort.implementation,
+    )
+    if index.metric == "l2" and not effort.rescore:
+        # <q, x> - ||x||^2 / 2 back to -||q - x||^2
+        scores = 2 * scores - jnp.sum(q * q, axis=1, keepdims=True)
+    return scores, ids
+
+
+def _search_rows(
+    index: Index, q: Array, allowed: Any, usable: Array, effort: _Effort
+) -> tuple[Array, Array]:
+    """Score all rows by one product, and the best of them again one by one."""
+    n, k = index.num_rows, effort.k
+    euclidean = index.metric == "l2"
+
     def one(args):
-        q, shared, mask, ok = args
+        q, rough, mask, ok = args
         mask = allowed if mask is None else mask
-        shape = (effort.k,)
-
-        def nothing():
-            # Made from `ok`, so that both branches vary alike over the devices of shard_map.
-            none = jnp.broadcast_to(ok.astype(jnp.int32) * 0, shape)
-            return none.astype(jnp.float32) - jnp.inf, none - 1
-
-        return jax.lax.cond(ok, lambda: _search_one(index, q, shared, mask, effort), nothing)
+        rough = jnp.where(ok if mask is None else ok & mask, rough, -jnp.inf)
+        # The selection has no gradient; the scores of what it selects are computed again.
+        top, rows = jax.lax.top_k(rough, min(n, max(4 * k, k + _SPARE)))
+        exact = row_scores(index.store.rows, index.store.scale, q, rows, euclidean=euclidean)
+        exact = jnp.where(top > -jnp.inf, jnp.maximum(exact, -_MAX), -jnp.inf)
+        return best_rows(exact, rows.astype(jnp.int32), k)
 
     def tile(args):
         q, mask, ok = args
-        tree, probe = jax.lax.stop_gradient((index.tree, q))
-        if tree is None:
-            shared = rough_scores(jax.lax.stop_gradient(index.store), probe, metric=index.metric)
-        else:
-            shared = leaf_scores(tree, probe)
-        return jax.lax.map(one, (q, shared, mask, ok))
+        store, probe = jax.lax.stop_gradient((index.store, q))
+        rough = rough_scores(store, probe, metric=index.metric)
+        return jax.lax.map(one, (q, rough, mask, ok))
 
+    b = q.shape[0]
     each = allowed if allowed is not None and allowed.ndim == 2 else None
     pad = -b % _TILE
 
@@ -184,46 +222,7 @@ def _search(
         return a.reshape(-1, _TILE, *a.shape[1:])
 
     scores, ids = jax.lax.map(tile, jax.tree.map(in_tiles, (q, each, usable)))
-    scores, ids = (a.reshape(-1, effort.k)[:b] for a in (scores, ids))
-    found = ids >= 0
-    scores = jnp.clip(jnp.where(found, scores, 0) * factor[:, None], -_MAX, _MAX)
-    return SearchResult(jnp.where(found, scores, -jnp.inf), ids)
-
-
-def _search_one(index, q, shared, allowed, effort):
-    """Find the best of one query; ``shared`` scores the leaves, or all rows without a tree."""
-    n, k = index.num_rows, effort.k
-    # The selection has no gradient; the scores of what it selects are computed again below.
-    tree, probe = jax.lax.stop_gradient((index.tree, q))
-    if tree is None:
-        if allowed is not None:
-            shared = jnp.where(allowed, shared, -jnp.inf)
-        top, slots = jax.lax.top_k(shared, min(n, max(4 * k, k + _SPARE)))
-        best = Candidates(top, slots.astype(jnp.int32), jnp.zeros(slots.shape, jnp.int32))
-        rows = jnp.where(top > -jnp.inf, best.slots, n)
-    else:
-        count = min(max(k, effort.rescore), n)
-        leaves = rank_leaves(tree, shared, effort.leaves_to_search)
-        best = scan_leaves(tree, probe, shared, leaves, allowed, count=count)
-        rows = jnp.where(best.slots >= 0, tree.layout.slots[jnp.maximum(best.slots, 0)], n)
-    # In row order, so that top_k gives the lowest row first among equals.
-    order = jnp.argsort(rows)
-    rows, best = rows[order], jax.tree.map(lambda a: a[order], best)
-    if tree is None or effort.rescore:
-        scores = store_scores(index.store, q, jnp.minimum(rows, n - 1), metric=index.metric)
-    else:
-        scores = candidate_scores(index.tree, q, best)
-        if index.metric == "l2":
-            # <q, x> - ||x||^2 / 2 back to -||q - x||^2
-            scores = 2 * scores - jnp.sum(q * q)
-    scores = jnp.where(rows < n, jnp.maximum(scores, -_MAX), -jnp.inf)
-    scores, order = jax.lax.top_k(scores, min(k, len(rows)))
-    ids = jnp.where(rows[order] < n, rows[order], -1)
-    pad = (0, k - len(order))
-    return (
-        jnp.pad(scores, pad, constant_values=-jnp.inf),
-        jnp.pad(ids, pad, constant_values=-1).astype(jnp.int32),
-    )
+    return scores.reshape(-1, k)[:b], ids.reshape(-1, k)[:b]
 
 
 def searcher(
@@ -232,6 +231,7 @@ def searcher(
     k: int = 10,
     leaves_to_search: int | None = None,
     rescore: int | None = None,
+    implementation: str | None = None,
 ) -> Callable[[Any], tuple[np.ndarray, np.ndarray]]:
     """Make a handle for serving loops: NumPy in and out, compiled once for each batch size.
 
@@ -240,6 +240,7 @@ def searcher(
       k: results a query.
       leaves_to_search: as in :func:`search`.
       rescore: as in :func:`search`.
+      implementation: as in :func:`search`.
 
     Returns:
       A callable from queries, ``[b, d]`` or ``[d]``, to ``SearchResult`` of NumPy arrays. It may
@@ -258,7 +259,7 @@ def searcher(
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
     if is_traced(index):
         raise TypeError("searcher needs concrete arrays; inside jit call search instead")
-    effort = _effort(index, k, leaves_to_search, rescore)
+    effort = _effort(index, k, leaves_to_search, rescore, implementation)
     index = jax.tree.map(jnp.asarray, index)
 
     @functools.lru_cache(maxsize=64)
