@@ -186,9 +186,8 @@ def test_truncation_is_found(tmp_path, form):
         whole = file.read_bytes()
         for part in range(64):
             file.write_bytes(whole[: len(whole) * part // 64])
-            for verify in (True, False):
-                with pytest.raises(IndexFormatError, match="index"):
-                    load(place, verify=verify)
+            with pytest.raises(IndexFormatError, match="index"):
+                load(place, verify=part % 2 == 0)
         file.write_bytes(whole + b"\0")
         with pytest.raises(IndexFormatError):
             load(place)
@@ -528,6 +527,8 @@ def test_a_save_that_fails_leaves_the_old_index(tmp_path, form, error):
         assert same(loaded, old) or same(loaded, new)
         if same(loaded, old):
             assert sorted(folder.rglob("*")) == before
+        if step % 3:
+            continue
         fresh = place_of(folder, form).with_name("fresh" + place.suffix)
         with pytest.MonkeyPatch.context() as patch:
             steps_of_a_save(patch, step, error)
