@@ -36,6 +36,7 @@ from avq_jax.mips import (
     save,
     search,
     searcher,
+    tune,
     user_ids,
 )
 from avq_jax.quantization import (
@@ -97,5 +98,6 @@ __all__ = [
     "score_aware_loss",
     "search",
     "searcher",
+    "tune",
     "user_ids",
 ]

@@ -5,12 +5,14 @@ from avq_jax.mips.exact import SearchResult, brute_force
 from avq_jax.mips.index import Index, Tree, user_ids
 from avq_jax.mips.io import IndexFormatError, load, save
 from avq_jax.mips.searcher import search, searcher
+from avq_jax.mips.tuning import Tuned, tune
 
 __all__ = [
     "Index",
     "IndexFormatError",
     "SearchResult",
     "Tree",
+    "Tuned",
     "brute_force",
     "build",
     "default_threshold",
@@ -18,5 +20,6 @@ __all__ = [
     "save",
     "search",
     "searcher",
+    "tune",
     "user_ids",
 ]

@@ -175,7 +175,8 @@ def _weight_to_json(weight: Any) -> dict[str, Any]:
                 return {"name": name, "parameters": {k: repr(float(v)) for k, v in values.items()}}
     if isinstance(weight, UnknownWeight):
         return {"name": "custom", "class": weight.name}
-    kind = type(weight)
+    # A plain function comes wrapped in a Partial.
+    kind = getattr(weight, "func", type(weight))
     return {"name": "custom", "class": f"{kind.__module__}.{kind.__qualname__}"}
 
 

@@ -80,6 +80,8 @@ def assign(
         _, (codes, current) = jax.lax.scan(nearest, None, (dots, projections, squares))
     else:
         current = jnp.take_along_axis(projections, codes[:, None, None, :], axis=1)[:, 0]
+    if num_sweeps == 0:
+        return codes
     total = jnp.einsum("rmsb,msb->rb", form.directions, x, precision="highest")
 
     def visit(parallel, subspace):

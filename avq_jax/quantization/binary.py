@@ -221,7 +221,7 @@ def fit_binary(
     scaling: Scaling | None = None,
     *,
     num_bits: int,
-    gradient: Gradient = "straight_through",
+    gradient: Gradient | str = "straight_through",
     refine: int = 10,
     optimizer: Any = None,
     batch_size: int = 1024,

@@ -76,18 +76,17 @@ def refine_codes(
     form: QuadraticForm,
     codes: Int32[Array, "g B"],
     *,
-    num_sweeps: int,
+    num_sweeps: int | Int32[Array, ""],
 ) -> Int32[Array, "g B"]:
     """Refine codes by coordinate descent over groups of four bits under the loss of the row.
 
-    With M = a I + sum_j w_j u_j u_j^T the metric of a row, r its residual and s the signs of a
-    word, a group U_g takes the word with the least
+    A group U_g of the decoder's rows takes the word, of signs s, with the least
 
       ``a (s^T U_g U_g^T s - 2 s^T U_g r) + sum_j w_j (<u_j, r> - s^T U_g u_j)^2``,
 
-    r without the group. All 16 words are compared, so where a sweep changes nothing no flip of
-    up to four bits of a group lowers the loss. ``U r`` is kept current through the Gram matrix
-    ``U U^T`` of the decoder.
+    where r is the residual without the group. All 16 words are compared, so where a sweep changes
+    nothing no flip of up to four bits of a group lowers the loss. ``U_g r`` comes from the Gram
+    matrix ``U U^T`` and the other bits.
 
     Args:
       decoder: ``[h, d]`` U.
@@ -97,28 +96,29 @@ def refine_codes(
       num_sweeps: most visits of all groups; it stops when a sweep changes nothing.
 
     Returns:
-      The codes; a group changes only for a lower loss.
+      The codes; their loss is at most that of the start. Ties go to the lowest word.
     """
     h, _ = decoder.shape
     groups = h // GROUP
-    gram = jnp.matmul(decoder, decoder.T, precision="highest")
-    columns = gram.reshape(h, groups, GROUP).transpose(1, 0, 2)  # [g, h, 4]
-    inner = jnp.stack([columns[i, GROUP * i : GROUP * (i + 1)] for i in range(groups)])
+    gram = jnp.matmul(decoder, decoder.T, precision="highest").reshape(groups, GROUP, h)
+    # The group's own part of the Gram matrix, and the matrix without it.
+    inner = jnp.stack([gram[i, :, GROUP * i : GROUP * (i + 1)] for i in range(groups)])
+    own = np.kron(np.eye(groups, dtype=bool), np.ones((1, GROUP), bool))[:, None, :]
+    outer = jnp.where(own, 0, gram)
     x = form.x[0] - offset[:, None]
     directions = form.directions[:, 0]  # [R, d, B]
+    products = jnp.matmul(decoder, x, precision="highest").reshape(groups, GROUP, -1)
     projections = jnp.einsum("hd,rdb->hrb", decoder, directions, precision="highest")
+    bits = to_bits(codes)
+    parallel = jnp.einsum("rdb,db->rb", directions, x, precision="highest")
+    parallel = parallel - jnp.sum(projections * bits[:, None], axis=0)
     projections = projections.reshape(groups, GROUP, *projections.shape[1:])
-    residual = x - jnp.matmul(decoder.T, to_bits(codes), precision="highest")
-    correlation = jnp.matmul(decoder, residual, precision="highest").reshape(groups, GROUP, -1)
-    parallel = jnp.einsum("rdb,db->rb", directions, residual, precision="highest")
 
     def visit(carry, group):
-        correlation, parallel = carry
-        g, gram_column, gram_group, projection, old = group
-        bits = to_bits(old[None])  # [4, B]
-        here = jax.lax.dynamic_index_in_dim(correlation, g, keepdims=False)
-        dot = here + jnp.matmul(gram_group, bits, precision="highest")
-        without = parallel + jnp.sum(projection * bits[:, None], axis=0)
+        bits, parallel = carry
+        g, others, gram_group, product, projection, old = group
+        dot = product - jnp.matmul(others, bits, precision="highest")
+        without = parallel + jnp.sum(projection * to_bits(old[None])[:, None], axis=0)
 
         def cost(v):
             sign = [1 if v >> j & 1 else -1 for j in range(GROUP)]
@@ -136,24 +136,22 @@ def refine_codes(
             best = jnp.where(better, value, best)
             code = jnp.where(better, jnp.int32(v), code)
             chosen = jnp.where(better[None, :], across, chosen)
-        change = to_bits(code[None]) - bits
-        moved = jnp.matmul(gram_column, change, precision="highest")
-        correlation = correlation - moved.reshape(groups, GROUP, -1)
-        return (correlation, without - chosen), code
+        bits = jax.lax.dynamic_update_slice(bits, to_bits(code[None]), (GROUP * g, 0))
+        return (bits, without - chosen), code
 
     numbers = jnp.arange(groups, dtype=jnp.int32)
 
     def sweep(carry):
-        codes, correlation, parallel, _, count = carry
-        (correlation, parallel), new = jax.lax.scan(
-            visit, (correlation, parallel), (numbers, columns, inner, projections, codes)
+        codes, bits, parallel, _, count = carry
+        (bits, parallel), new = jax.lax.scan(
+            visit, (bits, parallel), (numbers, outer, inner, products, projections, codes)
         )
-        return new, correlation, parallel, jnp.any(new != codes), count + 1
+        return new, bits, parallel, jnp.any(new != codes), count + 1
 
     def unfinished(carry):
         return carry[3] & (carry[4] < num_sweeps)
 
-    start = (codes, correlation, parallel, jnp.array(num_sweeps > 0), 0)
+    start = (codes, bits, parallel, jnp.array(num_sweeps > 0), 0)
     return jax.lax.while_loop(unfinished, sweep, start)[0]
 
 

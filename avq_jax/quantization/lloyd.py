@@ -213,7 +213,7 @@ def _jit_step(state: LloydState, rows: Rows, options: _Options) -> tuple[LloydSt
     return new, _usage(new)
 
 
-def _wait(state: LloydState) -> LloydState:
+def _wait(state: Any) -> Any:
     """Wait for a dispatched step in Python, where Ctrl-C is heard at once."""
     pause = 1e-5
     loss: Any = state.loss
@@ -242,7 +242,7 @@ def _check_sizes(x: Any, num_subspaces: int, num_codewords: int) -> tuple[int, i
 def lloyd_init(
     key: Array,
     x: Any,
-    scaling: Scaling,
+    scaling: Scaling | None,
     *,
     num_subspaces: int,
     num_codewords: int,
@@ -301,7 +301,7 @@ def lloyd_init(
 def lloyd_update(
     state: LloydState,
     x: Any,
-    scaling: Scaling,
+    scaling: Scaling | None,
     *,
     direction: Any = None,
     extra: QueryTerms | None = None,
@@ -356,7 +356,7 @@ def fit(
     init: Init = "reconstruction",
     direction: Any = None,
     extra: QueryTerms | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | int = 1e-4,
     num_sweeps: int = 3,
     solver: Solver = "auto",
     callback: Callable[[LloydState], Any] | None = None,

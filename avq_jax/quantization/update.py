@@ -17,6 +17,7 @@ codeword; as ``0 <= <u, B c>^2 <= ||B c||^2`` its condition number is then at mo
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -143,7 +144,7 @@ def _mean_diagonal(form: QuadraticForm, dim: int) -> Float[Array, " B"]:
 
 def _metric(form: QuadraticForm, r: Float[Array, "m s B"]) -> Float[Array, "m s B"]:
     """Apply ``a I + sum_j w_j u_j u_j^T`` to r, each row of a block."""
-    return form.isotropic * r + _anisotropic(form, r)
+    return form.isotropic[None, None, :] * r + _anisotropic(form, r)
 
 
 def _anisotropic(form: QuadraticForm, r: Float[Array, "m s B"]) -> Float[Array, "m s B"]:
@@ -182,7 +183,8 @@ def _dense_one(right, scale, isotropic, codes, blocks):
     gram, _ = jax.lax.scan(add, jnp.zeros((k, s, s), jnp.float32), (codes, blocks))
     gram = gram * scale[0, :, :, None] ** 2
     matrix = gram + isotropic[0, :, :, None] * jnp.eye(s, dtype=jnp.float32)[None]
-    return jax.scipy.linalg.solve(matrix, right[0][..., None], assume_a="pos")[None, ..., 0]
+    one = functools.partial(jax.scipy.linalg.solve, assume_a="pos")
+    return jax.vmap(one)(matrix, right[0])[None]
 
 
 def _dense_joint(right, scale, isotropic, codes, blocks):

@@ -82,7 +82,7 @@ def test_parameter_of_another_shape():
 
 
 def test_zero_rows():
-    """FAULTS 3."""
+    """Finite weights; the loss is that of reconstruction."""
     norms = jnp.array([0.0, 1.0])
     for weight in (
         Threshold(0.2),
@@ -104,7 +104,7 @@ def test_zero_rows():
 
 
 def test_rows_shorter_than_the_threshold():
-    """FAULTS 4: floored, never 0/0."""
+    """Floored, never 0/0."""
     weights = scaling(Threshold(0.5), jnp.array([0.1, 0.4, 0.5, 1.0]), dim=64)
     np.testing.assert_allclose(weights.orthogonal[:3], 1e-20, rtol=1e-5)
     assert float(weights.orthogonal[3]) == 1
@@ -118,7 +118,7 @@ def test_rows_shorter_than_the_threshold():
 
 
 def test_extreme_norms():
-    """FAULTS 5."""
+    """Norms whose squares leave float32."""
     x = jnp.array([[1e-30, 0.0], [0.0, 1e30], [3e-30, 4e-30], [3e30, 4e30]])
     np.testing.assert_allclose(row_norms(x), [1e-30, 1e30, 5e-30, 5e30], rtol=1e-6)
     for weight in (
@@ -134,7 +134,7 @@ def test_extreme_norms():
 
 
 def test_array_kinds():
-    """FAULTS 7, for this layer."""
+    """Any real dtype and memory order gives the answer of float32."""
     x = np.array([[3, 4], [1, 0]])
     x_tilde = np.array([[3, 3], [1, 1]])
     weights = scaling(Threshold(0.2), np.array([5, 1]), dim=2)

@@ -186,9 +186,8 @@ def test_truncation_is_found(tmp_path, form):
         whole = file.read_bytes()
         for part in range(64):
             file.write_bytes(whole[: len(whole) * part // 64])
-            for verify in (True, False):
-                with pytest.raises(IndexFormatError, match="index"):
-                    load(place, verify=verify)
+            with pytest.raises(IndexFormatError, match="index"):
+                load(place, verify=part % 2 == 0)
         file.write_bytes(whole + b"\0")
         with pytest.raises(IndexFormatError):
             load(place)
@@ -196,21 +195,29 @@ def test_truncation_is_found(tmp_path, form):
     load(place)
 
 
-@pytest.mark.parametrize("form", ["directory", "file"])
-def test_every_flipped_bit_is_found(tmp_path, form):
-    place, rng = place_of(tmp_path, form), random.Random(1)
+@pytest.mark.parametrize(
+    ("form", "flips"),
+    [
+        ("directory", 1000),
+        ("file", 200),
+        pytest.param("directory", 10_000, marks=pytest.mark.full),
+        pytest.param("file", 10_000, marks=pytest.mark.full),
+    ],
+)
+def test_every_flipped_bit_is_found(tmp_path, form, flips):
+    place, rng = place_of(tmp_path, form), random.Random(flips)
     save(make_index(n=60, metric="l2", k=10), place)
     files = files_of(place)
     sizes = [file.stat().st_size for file in files]
     found = 0
-    for _ in range(1000):
+    for _ in range(flips):
         file = rng.choices(files, sizes)[0] if rng.random() < 0.5 else rng.choice(files)
         with flipped(file, rng):
             try:
                 load(place)
             except IndexFormatError:
                 found += 1
-    assert found == 1000
+    assert found == flips
 
 
 @pytest.mark.parametrize("form", ["directory", "file"])
@@ -220,7 +227,7 @@ def test_without_hashes_damage_stays_memory_safe(tmp_path, form):
     save(index, place)
     files = files_of(place)
     passed = 0
-    for _ in range(300):
+    for _ in range(150):
         with flipped(rng.choice(files), rng), contextlib.suppress(IndexFormatError):
             loaded = load(place, verify=False)
             passed += 1
@@ -228,7 +235,7 @@ def test_without_hashes_damage_stays_memory_safe(tmp_path, form):
             rows = coded_rows(loaded.tree, 60)
             assert rows.codes.max() < 10
             assert 0 <= rows.leaves.min() <= rows.leaves.max() < 4
-    assert passed > 50  # some flips only change a number
+    assert passed > 20  # some flips only change a number
 
 
 @contextlib.contextmanager
@@ -520,6 +527,8 @@ def test_a_save_that_fails_leaves_the_old_index(tmp_path, form, error):
         assert same(loaded, old) or same(loaded, new)
         if same(loaded, old):
             assert sorted(folder.rglob("*")) == before
+        if step % 3:
+            continue
         fresh = place_of(folder, form).with_name("fresh" + place.suffix)
         with pytest.MonkeyPatch.context() as patch:
             steps_of_a_save(patch, step, error)

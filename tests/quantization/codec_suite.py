@@ -1,8 +1,8 @@
 """What every codec keeps: inherit :class:`CodecSuite` and give a factory.
 
-    class TestMyCodec(CodecSuite):
-        def make(self, key, x, scaling):
-            return fit_mine(key, x, scaling, ...)[0]
+class TestMyCodec(CodecSuite):
+    def make(self, key, x, scaling):
+        return fit_mine(key, x, scaling, ...)[0]
 """
 
 import jax
@@ -155,9 +155,11 @@ class CodecSuite:
 
         grads = jax.grad(through_rows, allow_int=True)(codec)
         step = jax.tree.map(
-            lambda v: jax.random.normal(jax.random.key(5), v.shape)
-            if jnp.issubdtype(v.dtype, jnp.floating)
-            else v,
+            lambda v: (
+                jax.random.normal(jax.random.key(5), v.shape)
+                if jnp.issubdtype(v.dtype, jnp.floating)
+                else v
+            ),
             codec,
         )
         eps = 1e-2

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from codec_suite import CodecSuite
+from jax.test_util import check_grads
 
 import avq_jax
 from avq_jax.quantization import codebook as codebook_module
@@ -79,7 +80,7 @@ def test_table_gradient_with_respect_to_query_and_codewords():
     def f(words, q):
         return jnp.sum(weights * avq_jax.lookup_table(avq_jax.Codebook(words, dim=7), q))
 
-    jax.test_util.check_grads(f, (book.codewords, q), order=1, modes=["fwd", "rev"], rtol=2e-2)
+    check_grads(f, (book.codewords, q), order=1, modes=["fwd", "rev"], rtol=2e-2)
 
 
 def test_codes_of_equal_shape_are_encoded_by_one_trace():
