@@ -95,7 +95,7 @@ def coded_rows(tree: Tree, num_rows: int) -> CodedRows:
     sizes = np.diff(np.asarray(packed.starts)) * block
     leaf_of_slot = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     used = np.flatnonzero(rows >= 0)
-    copies = -(-len(used) // max(num_rows, 1))
+    copies = max(1, -(-len(used) // max(num_rows, 1)))
     present = np.bincount(rows[used], minlength=num_rows)
     if num_rows and (present != copies).any():
         row = int(np.argmax(present != copies))
@@ -103,8 +103,8 @@ def coded_rows(tree: Tree, num_rows: int) -> CodedRows:
     # By row; the copies of a row by leaf, which is how slots lie.
     order = used[np.argsort(rows[used], kind="stable")]
     shape = (num_rows,) if copies == 1 else (num_rows, copies)
-    codes = np.asarray(unpack_codes(packed.codes))[order]
+    codes = np.asarray(unpack_codes(packed.codes))[order].reshape(*shape, packed.codes.num_subspaces)
     offset = None
     if tree.offset is not None:
         offset = np.asarray(tree.offset)[order].reshape(shape)
-    return CodedRows(leaf_of_slot[order].reshape(shape), codes.reshape(*shape, -1), offset)
+    return CodedRows(leaf_of_slot[order].reshape(shape), codes, offset)
