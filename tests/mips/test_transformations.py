@@ -123,7 +123,11 @@ def test_gradients_against_finite_differences(indexes, queries, metric, rescore,
 
     def each(parts):
         found = avq_jax.search(
-            with_parts(index, parts), parts["queries"], k=5, leaves_to_search=LEAVES, rescore=rescore
+            with_parts(index, parts),
+            parts["queries"],
+            k=5,
+            leaves_to_search=LEAVES,
+            rescore=rescore,
         )
         return jnp.sum(found.scores * jnp.linspace(1.0, 2.0, 5)[None, :], axis=1), found.ids
 
