@@ -71,11 +71,15 @@ class TestLoss:
         assert isinstance(indexes["l2"].weight, avq_jax.Uniform)
 
     def test_a_plain_function_as_weight(self, rows, queries):
-        index = make(rows, weight=lambda t: jnp.maximum(t, 0) ** 2)
+        index = avq_jax.build(jax.random.key(0), rows, weight=lambda t: jnp.maximum(t, 0) ** 2)
+        assert avq_jax.search(index, queries, k=5).ids.shape == (64, 5)
+
+    @pytest.mark.full
+    def test_a_plain_function_gives_the_codes_of_its_closed_form(self, rows):
+        function = make(rows, weight=lambda t: jnp.maximum(t, 0) ** 2)
         power = make(rows, weight=avq_jax.Power(2.0))
-        codes = [coded_rows(i.tree, N).codes for i in (index, power)]
+        codes = [coded_rows(index.tree, N).codes for index in (function, power)]
         assert np.mean(codes[0] == codes[1]) > 0.9
-        assert avq_jax.search(index, queries[:8], k=5).ids.shape == (8, 5)
 
 
 class TestDeterminism:
@@ -171,14 +175,13 @@ class TestData:
         index = make(x, metric=metric)
         sizes = np.bincount(coded_rows(index.tree, N).leaves, minlength=LEAVES)
         assert (sizes == 0).sum() == LEAVES - 1
-        for rescore in (0, N):
-            found = avq_jax.search(
-                index, 2 * x[:64], k=20, leaves_to_search=LEAVES, rescore=rescore
-            )
-            assert found.ids[0].tolist() == list(range(20))
+        for k, rescore in ((20, 0), (10, N)):
+            found = avq_jax.search(index, 2 * x[:64], k=k, leaves_to_search=LEAVES, rescore=rescore)
+            assert found.ids[0].tolist() == list(range(k))
             expected = 2 * D if metric == "dot" else -D
             np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
 
+    @pytest.mark.full
     def test_zero_rows_have_cosine_zero(self, indexes, queries):
         scores, ids = avq_jax.search(
             indexes["cosine"], queries, k=N, leaves_to_search=LEAVES, rescore=N
@@ -196,8 +199,8 @@ class TestData:
         index = make(rows * scale, metric=metric)
         for leaf in jax.tree.leaves((index.tree, index.weight)):
             assert np.isfinite(leaf).all()
-        for rescore in (0, N):
-            found = avq_jax.search(index, queries, k=20, leaves_to_search=LEAVES, rescore=rescore)
+        for k, rescore in ((20, 0), (10, N)):
+            found = avq_jax.search(index, queries, k=k, leaves_to_search=LEAVES, rescore=rescore)
             assert np.isfinite(found.scores).all()
         with pytest.raises(ValueError, match="x must have its largest absolute value between"):
             make(rows * np.float32(1e30), metric=metric)

@@ -156,6 +156,7 @@ def test_gradients_against_finite_differences(indexes, queries, metric, rescore,
         np.testing.assert_allclose(slopes[smooth], difference[smooth], rtol=2e-2, atol=0.1)
 
 
+@pytest.mark.full
 def test_gradients_are_finite_at_zero_and_padding(indexes, queries):
     q = jnp.asarray(queries[:8]).at[0].set(0).at[1].set(jnp.nan)
 
