@@ -119,7 +119,7 @@ def _printable(weight: Any) -> Any:
     leaves, structure = jax.tree.flatten(weight)
     if any(isinstance(leaf, jax.core.Tracer) or np.ndim(leaf) for leaf in leaves):
         return weight
-    return structure.unflatten([float(f"{float(leaf):.6g}") for leaf in leaves])
+    return jax.tree.unflatten(structure, [float(f"{float(leaf):.6g}") for leaf in leaves])
 
 
 def pack_ids(ids: Any, n: int) -> UInt32[np.ndarray, "n 2"]:

@@ -232,7 +232,7 @@ def searcher(
     leaves_to_search: int | None = None,
     rescore: int | None = None,
     implementation: str | None = None,
-) -> Callable[[Any], tuple[np.ndarray, np.ndarray]]:
+) -> Callable[[Any], SearchResult]:
     """Make a handle for serving loops: NumPy in and out, compiled once for each batch size.
 
     Args:
@@ -272,7 +272,8 @@ def searcher(
             raise TypeError("a searcher takes concrete queries; inside jit call search instead")
         rows, single = as_queries(queries, width=index.dim)
         scores, ids = compiled(rows.shape[0])(index, np.asarray(rows), None)
-        result = SearchResult(np.asarray(scores), np.asarray(ids))
+        arrays: Any = (np.asarray(scores), np.asarray(ids))
+        result = SearchResult(*arrays)
         return SearchResult(result.scores[0], result.ids[0]) if single else result
 
     return find

@@ -607,6 +607,31 @@ def test_fifty_killed_savers(tmp_path, form):
     print(kill_savers(tmp_path, form, 50, random.Random(4)))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("form", ["directory", "file"])
+def test_two_savers_and_a_reader(tmp_path, form):
+    """Savers take turns, and a reader always meets a whole index."""
+    place = place_of(tmp_path, form)
+    a, b = (make_index(n=4000, d=24, m=12, seed=s) for s in (0, 1))
+    save(a, place)
+    here = pathlib.Path(__file__)
+    code = _SAVER.format(paths=[str(here.parent), str(here.parent.parent.parent)])
+    words = [sys.executable, "-c", code, str(place)]
+    children = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            loaded = load(place)
+            assert same(loaded, a) or same(loaded, b)
+        assert [child.poll() for child in children] == [None, None]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+
+
 def test_reading_while_another_saves(tmp_path):
     """A reader between header and arrays of a replaced index starts again."""
     a, b = make_index(n=40), make_index(n=50, seed=1)

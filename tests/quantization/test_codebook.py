@@ -21,6 +21,7 @@ class TestVector(CodecSuite):
         return avq_jax.fit(key, x, scaling, num_subspaces=1, num_codewords=40)[0].codebook
 
 
+@pytest.mark.full
 class TestPadded(CodecSuite):
     def make(self, key, x, scaling):
         return avq_jax.fit(key, x, scaling, num_subspaces=4, num_codewords=3)[0].codebook
@@ -60,6 +61,7 @@ def test_sizes():
     assert (book.num_subspaces, book.num_codewords, book.bits) == (3, 4, 6.0)
 
 
+@pytest.mark.full
 def test_many_rows_in_chunks_equal_one_call(monkeypatch):
     x = np.asarray(jax.random.normal(jax.random.key(1), (150, 7)))
     extra = avq_jax.QueryTerms(

@@ -98,8 +98,17 @@ def test_equal_weights_give_the_weighted_average():
         np.testing.assert_allclose(found.codewords[0, 0], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 6])
-@pytest.mark.parametrize(("R", "separate"), [(0, False), (2, True)])
+@pytest.mark.parametrize(
+    ("m", "R", "separate"),
+    [
+        (1, 2, True),
+        (3, 0, False),
+        pytest.param(1, 0, False, marks=pytest.mark.full),
+        pytest.param(2, 2, True, marks=pytest.mark.full),
+        pytest.param(3, 2, True, marks=pytest.mark.full),
+        pytest.param(6, 0, False, marks=pytest.mark.full),
+    ],
+)
 def test_dense_and_conjugate_gradients_equal_least_squares(m, R, separate):
     n, d, k = 90, 6 if m != 3 else 7, 3
     x, scaling, options = problem(2, n, d, R, separate=separate)
@@ -178,7 +187,7 @@ def test_a_sweep_lowers_the_loss_of_each_row():
     M = metrics(x, scaling)
     each = [
         losses(x, avq_jax.decode(book, avq_jax.encode(book, x, scaling, num_sweeps=t)), M)
-        for t in (0, 1, 2, 5)
+        for t in (0, 1, 5)
     ]
     for before, after in itertools.pairwise(each):
         assert (after <= before * (1 + 1e-5) + 1e-5).all()
