@@ -27,6 +27,7 @@ ABI = 1
 TARGETS = (
     "xla_kernels_adc_top_k",
     "xla_kernels_adc_scores",
+    "xla_kernels_encode",
 )
 
 
