@@ -2,7 +2,7 @@
 #include "encode.h"
 #include "target.h"
 
-#define ENCODE_LANES 16
+#define ENCODE_LANES 8  // 16 lanes of scratch would leave the first-level cache
 
 namespace xla_kernels {
 
