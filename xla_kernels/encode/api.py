@@ -17,7 +17,7 @@ def assign_codes(
     direction: Any,
     orthogonal: Any,
     weight: Any,
-    max_sweeps: int = 10,
+    max_sweeps: Any = 10,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Assign product codes that keep the error across a direction apart from the error along it.
