@@ -8,3 +8,7 @@ from .implementations import export_checks as export_checks
 from .layout import PackedCodes as PackedCodes
 from .layout import pack_codes as pack_codes
 from .layout import unpack_codes as unpack_codes
+from .rescore.api import dot_top_k as dot_top_k
+from .rescore.api import rescore_top_k as rescore_top_k
+from .rescore.layout import PackedRows as PackedRows
+from .rescore.layout import pack_rows as pack_rows

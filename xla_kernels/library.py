@@ -27,6 +27,8 @@ ABI = 1
 TARGETS = (
     "xla_kernels_adc_top_k",
     "xla_kernels_adc_scores",
+    "xla_kernels_dot_top_k",
+    "xla_kernels_rescore_top_k",
     "xla_kernels_encode",
 )
 

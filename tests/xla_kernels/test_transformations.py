@@ -222,7 +222,7 @@ def test_several_calls_in_one_program_with_a_busy_pool():
 def mesh():
     if jax.device_count() < 8:
         pytest.skip("needs 8 host devices")
-    return jax.make_mesh((8,), ("x",))
+    return jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def test_shard_map_over_queries(implementation, mesh):

@@ -34,8 +34,9 @@ int32_t kth_largest(const int32_t* keys, int64_t size, int64_t k, CountAtLeast c
 }
 
 int64_t Collector::capacity_for(int64_t k, int64_t num_rows) {
-  // Room for k rows twice over keeps the number of selections low; 64 is one block's append.
-  return std::min(2 * k + 192, num_rows + 64) + 64;
+  // Untouched memory costs nothing, and scoring rows early costs more than keeping them; 64 is one
+  // block's append.
+  return std::min(12 * k + 2048, num_rows + 64) + 64;
 }
 
 void Collector::start(int64_t k_, int64_t capacity, bool affine_, int32_t width_, float base,
@@ -58,7 +59,7 @@ void Collector::start(int64_t k_, int64_t capacity, bool affine_, int32_t width_
   rows = low + capacity;
   high = affine ? rows + capacity : nullptr;
   size = 0;
-  limit = capacity - 64;
+  limit = std::min(2 * k + 192, capacity - 64);
   threshold = INT32_MIN;
   float_threshold = -std::numeric_limits<float>::infinity();
 }
@@ -104,15 +105,20 @@ void Collector::shrink() {
     }
   }
   size = kept;
-  // Too many rows within the bounds of the k-th: score them, so that the next ones must be better.
-  if (size > limit - (limit - k) / 4) shrink_exactly();
+  if (size > limit - limit / 3) {
+    limit = std::min(2 * limit, capacity_ - 64);
+    // Too many rows within the bounds of the k-th: score them, so that the next must be better.
+    if (size > limit - (limit - k) / 4) shrink_exactly();
+  }
 }
 
 void Collector::shrink_exactly() {
   std::vector<std::pair<float, int32_t>> scored;
   scored.reserve(static_cast<size_t>(size));
+  std::vector<float> scores(static_cast<size_t>(size));
+  scorer_->score(rows, size, scores.data());
   for (int64_t i = 0; i < size; ++i) {
-    const float score = scorer_->score(rows[i]);
+    const float score = scores[static_cast<size_t>(i)];
     if (score > -std::numeric_limits<float>::infinity()) scored.emplace_back(-score, rows[i]);
   }
   // Ascending pairs of (-score, row): best first, lowest row first among equals.
