@@ -2,6 +2,7 @@
 
 from .adc.api import adc_scores as adc_scores
 from .adc.api import adc_top_k as adc_top_k
+from .encode.api import assign_codes as assign_codes
 from .implementations import available_implementations as available_implementations
 from .implementations import export_checks as export_checks
 from .layout import PackedCodes as PackedCodes
@@ -13,3 +14,7 @@ from .tree_search.packed import pack_tree as pack_tree
 from .tree_search.packed import slots_per_block as slots_per_block
 from .tree_search.xla import best_rows as best_rows
 from .tree_search.xla import row_scores as row_scores
+from .rescore.api import dot_top_k as dot_top_k
+from .rescore.api import rescore_top_k as rescore_top_k
+from .rescore.layout import PackedRows as PackedRows
+from .rescore.layout import pack_rows as pack_rows

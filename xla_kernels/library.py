@@ -28,6 +28,9 @@ TARGETS = (
     "xla_kernels_adc_top_k",
     "xla_kernels_adc_scores",
     "xla_kernels_tree_search",
+    "xla_kernels_dot_top_k",
+    "xla_kernels_rescore_top_k",
+    "xla_kernels_encode",
 )
 
 
@@ -89,6 +92,7 @@ def load() -> Library:
     try:
         handle = ctypes.CDLL(str(path))
         abi = handle.xla_kernels_abi()
+        symbols = {name: getattr(handle, name) for name in TARGETS}
         built = (handle.xla_kernels_ffi_major(), handle.xla_kernels_ffi_minor())
         handle.xla_kernels_level.restype = ctypes.c_char_p
         handle.xla_kernels_level_reason.restype = ctypes.c_char_p
@@ -101,8 +105,8 @@ def load() -> Library:
     problem = ffi_version_problem(built, runtime_ffi_version())
     if problem is not None:
         return Library(None, problem)
-    for name in TARGETS:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(handle, name)), platform="cpu")
+    for name, symbol in symbols.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(symbol), platform="cpu")
     return Library(handle, "")
 
 

@@ -11,7 +11,10 @@ def varying_axes(*arrays: jax.Array | None) -> frozenset:
     axes: frozenset = frozenset()
     for array in arrays:
         if array is not None:
-            axes |= getattr(jax.typeof(array), "vma", frozenset())
+            kind = jax.typeof(array)
+            # The field moved in jax 0.10.
+            manual = getattr(kind, "manual_axis_type", None)
+            axes |= getattr(kind, "vma", frozenset()) if manual is None else manual.varying
     return axes
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .. import implementations
 from ..layout import PackedCodes, code_columns, code_rows
@@ -62,12 +63,12 @@ def adc_scores(
 def adc_top_k(
     tables: Any,
     codes: Any,
-    k: int,
+    k: Any,
     *,
     gain: Any = None,
     offset: Any = None,
     valid: Any = None,
-    recall_target: float = 1.0,
+    recall_target: Any = 1.0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Find each query's k best rows, without writing all scores.
@@ -156,8 +157,12 @@ def _per_row(name: str, value: Any, n: int) -> jax.Array | None:
     return value.astype(jnp.float32)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _scores(
+# The kernels run on inputs whose gradient is stopped; their scores pass through an identity that
+# carries the derivative, a sum over the same table entries. So forward and reverse mode both work.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _adc_scores(
     options: _Options,
     tables: jax.Array,
     codes: Any,
@@ -169,26 +174,13 @@ def _scores(
         return form.adc_scores(tables, code_columns(codes), *rest)
 
     args = (tables, codes, gain, offset)
-    return implementations.choose(options.implementation, cpu.adc_scores, plain, *args)
+    stopped = jax.tree.map(lax.stop_gradient, args)
+    scores = implementations.choose(options.implementation, cpu.adc_scores, plain, *stopped)
+    return _with_derivative(scores, None, *args)
 
 
-@_scores.defjvp
-def _scores_jvp(options: _Options, primals: Any, tangents: Any) -> Any:
-    tables, codes, gain, offset = primals
-    tables_dot, _, gain_dot, offset_dot = tangents
-    plain = (tables, codes, None, None)
-    raw = _scores(options, *plain)
-    # The score is linear in the table: its tangent is the same sum over the tangent's table.
-    raw_dot = reference.adc_scores(tables_dot, code_columns(codes), None, None)
-    return reference.affine(raw, gain, offset), _affine_dot(
-        raw,
-        raw_dot,
-        *(None if row is None else row[None] for row in (gain, gain_dot, offset_dot)),
-    )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _top_k(
+@functools.partial(jax.jit, static_argnums=0)
+def _adc_top_k(
     options: _Options,
     tables: jax.Array,
     codes: Any,
@@ -203,47 +195,60 @@ def _top_k(
         form = reference if options.implementation == "reference" else xla
         return form.adc_top_k(tables, code_columns(codes), *rest, k=options.k)
 
-    args = (tables, codes, gain, offset, valid)
-    return implementations.choose(options.implementation, compiled, plain, *args)
+    args = (tables, codes, gain, offset)
+    stopped = jax.tree.map(lax.stop_gradient, (*args, valid))
+    scores, ids = implementations.choose(options.implementation, compiled, plain, *stopped)
+    return _with_derivative(scores, ids, *args), ids
 
 
-@_top_k.defjvp
-def _top_k_jvp(options: _Options, primals: Any, tangents: Any) -> Any:
-    tables, codes, gain, offset, valid = primals
-    tables_dot, _, gain_dot, offset_dot, _ = tangents
-    scores, ids = _top_k(options, tables, codes, gain, offset, valid)
-    ids_dot = jnp.zeros(ids.shape, jax.dtypes.float0)
-    if codes.shape[0] == 0:
-        return (scores, ids), (jnp.zeros_like(scores), ids_dot)
-    rows = jnp.maximum(ids, 0)
-    picked = jnp.swapaxes(code_rows(codes, rows).astype(jnp.int32), 1, 2)  # [b, m, k]
-
-    def sums(table: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(table, picked, axis=2).sum(axis=1)
-
-    def at_rows(value: jax.Array | None) -> jax.Array | None:
-        return None if value is None else value[rows]
-
-    scores_dot = _affine_dot(
-        sums(tables), sums(tables_dot), at_rows(gain), at_rows(gain_dot), at_rows(offset_dot)
-    )
-    return (scores, ids), (jnp.where(ids >= 0, scores_dot, 0.0), ids_dot)
-
-
-def _affine_dot(
-    raw: jax.Array,
-    raw_dot: jax.Array,
+@jax.custom_jvp
+def _with_derivative(
+    scores: jax.Array,
+    ids: jax.Array | None,
+    tables: jax.Array,
+    codes: Any,
     gain: jax.Array | None,
-    gain_dot: jax.Array | None,
-    offset_dot: jax.Array | None,
+    offset: jax.Array | None,
 ) -> jax.Array:
-    """Tangent of ``gain * raw + offset``; everything of the shape of raw, or broadcast to it."""
-    if gain is not None and gain_dot is not None:
-        raw_dot = raw_dot * gain + raw * gain_dot
-    if offset_dot is not None:
-        raw_dot = raw_dot + offset_dot
-    return raw_dot
+    """Scores of rows ``ids: int32[b, r]``, or of all rows, as a function of their tables."""
+    del ids, tables, codes, gain, offset
+    return scores
 
 
-_adc_scores = functools.partial(jax.jit, static_argnums=0)(_scores)
-_adc_top_k = functools.partial(jax.jit, static_argnums=0)(_top_k)
+@_with_derivative.defjvp
+def _with_derivative_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    scores, ids, tables, codes, gain, offset = primals
+    _, _, tables_dot, _, gain_dot, offset_dot = tangents
+    if codes.shape[0] == 0:
+        return scores, jnp.zeros_like(scores)
+    if ids is None:
+        sums = functools.partial(_sums_of_all, columns=code_columns(codes))
+        at_rows = _broadcast_row
+    else:
+        rows = jnp.maximum(ids, 0)
+        picked = jnp.swapaxes(code_rows(codes, rows).astype(jnp.int32), 1, 2)  # [b, m, r]
+        sums = functools.partial(_sums_of_some, picked=picked)
+        at_rows = functools.partial(_row_of, rows=rows)
+    # d(gain * raw + offset) = gain d(raw) + raw d(gain) + d(offset)
+    scores_dot = sums(tables_dot)
+    if gain is not None:
+        scores_dot = scores_dot * at_rows(gain) + sums(tables) * at_rows(gain_dot)
+    if offset is not None:
+        scores_dot = scores_dot + at_rows(offset_dot)
+    return scores, scores_dot if ids is None else jnp.where(ids >= 0, scores_dot, 0.0)
+
+
+def _sums_of_all(table: jax.Array, columns: jax.Array) -> jax.Array:
+    return reference.adc_scores(table, columns, None, None)
+
+
+def _sums_of_some(table: jax.Array, picked: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(table, picked, axis=2).sum(axis=1)
+
+
+def _broadcast_row(value: jax.Array) -> jax.Array:
+    return value[None]
+
+
+def _row_of(value: jax.Array, rows: jax.Array) -> jax.Array:
+    return value[rows]

@@ -34,8 +34,9 @@ int32_t kth_largest(const int32_t* keys, int64_t size, int64_t k, CountAtLeast c
 }
 
 int64_t Collector::capacity_for(int64_t k, int64_t num_rows) {
-  // Room for k rows twice over keeps the number of selections low; 64 is one block's append.
-  return std::min(2 * k + 192, num_rows + 64) + 64;
+  // Untouched memory costs nothing, and scoring rows early costs more than keeping them; 64 is one
+  // block's append.
+  return std::min(12 * k + 2048, num_rows + 64) + 64;
 }
 
 void Collector::start(int64_t k_, int64_t capacity, bool affine_, int32_t width_, float base,
@@ -58,7 +59,7 @@ void Collector::start(int64_t k_, int64_t capacity, bool affine_, int32_t width_
   rows = low + capacity;
   high = affine ? rows + capacity : nullptr;
   size = 0;
-  limit = capacity - 64;
+  limit = std::min(2 * k + 192, capacity - 64);
   threshold = INT32_MIN;
   float_threshold = -std::numeric_limits<float>::infinity();
 }
@@ -104,22 +105,35 @@ void Collector::shrink() {
     }
   }
   size = kept;
-  // Too many rows within the bounds of the k-th: score them, so that the next ones must be better.
-  if (size > limit - (limit - k) / 4) shrink_exactly();
+  if (size > limit - limit / 3) {
+    limit = std::min(2 * limit, capacity_ - 64);
+    // Too many rows within the bounds of the k-th: score them, so that the next must be better.
+    if (size > limit - (limit - k) / 4) shrink_exactly();
+  }
 }
 
 void Collector::shrink_exactly() {
-  std::vector<std::pair<float, int32_t>> scored;
+  struct Scored {
+    float negative;
+    int32_t place;
+    int32_t row;
+    bool operator<(const Scored& other) const {
+      return negative != other.negative ? negative < other.negative : place < other.place;
+    }
+  };
+  std::vector<Scored> scored;
   scored.reserve(static_cast<size_t>(size));
+  std::vector<float> scores(static_cast<size_t>(size));
+  scorer_->score(rows, size, scores.data());
   for (int64_t i = 0; i < size; ++i) {
-    const float score = scorer_->score(rows[i]);
-    if (score > -std::numeric_limits<float>::infinity()) scored.emplace_back(-score, rows[i]);
+    const float score = scores[static_cast<size_t>(i)];
+    if (score > -std::numeric_limits<float>::infinity()) scored.push_back({-score, scorer_->place(rows[i]), rows[i]});
   }
-  // Ascending pairs of (-score, row): best first, lowest row first among equals.
+  // Best first, lowest place first among equals.
   if (static_cast<int64_t>(scored.size()) > k) {
     std::nth_element(scored.begin(), scored.begin() + (k - 1), scored.end());
     scored.resize(static_cast<size_t>(k));
-    const float worst = -scored[static_cast<size_t>(k - 1)].first;
+    const float worst = -scored[static_cast<size_t>(k - 1)].negative;
     if (affine) {
       float_threshold = std::max(float_threshold, worst);
     } else {
@@ -132,13 +146,13 @@ void Collector::shrink_exactly() {
     }
   }
   size = 0;
-  for (const auto& [negative, row] : scored) {
-    rows[size] = row;
+  for (const Scored& kept : scored) {
+    rows[size] = kept.row;
     if (affine) {
-      low[size] = high[size] = ordered(-negative);
+      low[size] = high[size] = ordered(-kept.negative);
     } else {
       // The largest key that its score supports; width covers the rounding of this line too.
-      const double q = (-static_cast<double>(negative) - base_) / delta_;
+      const double q = (-static_cast<double>(kept.negative) - base_) / delta_;
       low[size] = q < -2e9 ? -2000000000 : q > 2e9 ? 2000000000 : static_cast<int32_t>(std::floor(q));
     }
     ++size;

@@ -32,16 +32,19 @@ int64_t count_at_least(const int32_t* keys, int64_t size, int32_t pivot);
 // Largest t such that at least k of the keys are >= t, by bisection on the key range (1 <= k <= size).
 int32_t kth_largest(const int32_t* keys, int64_t size, int64_t k, CountAtLeast count);
 
-// Scores a row exactly; used when the bounds alone cannot tell rows apart (ties, duplicates).
+// Scores rows exactly; used when the bounds alone cannot tell rows apart (ties, duplicates).
 struct ExactScorer {
   virtual ~ExactScorer() = default;
-  virtual float score(int32_t row) const = 0;
+  virtual void score(const int32_t* rows, int64_t count, float* scores) const = 0;
+  // Equal scores: the row of the lowest place first.
+  virtual int32_t place(int32_t row) const { return row; }
 };
 
 // A fixed buffer of candidate rows with a lower and an upper bound of each score as integer keys.
 // Without gains a key is the sum of the rounded entries and high = low + width; with gains both are
 // float bounds mapped by ordered(). A row whose high is below the k-th largest low cannot be among
-// the k best. When the buffer is full, shrink() drops such rows and raises the threshold.
+// the k best. When limit rows are held, shrink() drops such rows and raises the threshold; the limit
+// starts low, since an early threshold spares appending, and grows where many rows must be kept.
 class Collector {
  public:
   // capacity is the buffer a query of k results needs for num_rows rows.

@@ -44,7 +44,7 @@ __attribute__((noinline)) void append(const Codes& codes, const RowTerms& terms,
 }
 
 template <int kQueries>
-inline void sum_part(const uint8_t* block, int64_t from, int64_t to, const ScanQuery* queries,
+__attribute__((always_inline)) inline void sum_part(const uint8_t* block, int64_t from, int64_t to, const ScanQuery* queries,
                      __m256i (&low)[kQueries], __m256i (&high)[kQueries]) {
   const __m256i nibble = _mm256_set1_epi8(15);
   __m256i even[kQueries], odd[kQueries];

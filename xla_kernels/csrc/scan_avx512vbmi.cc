@@ -4,6 +4,7 @@
 // the index is the code plus 16 times its place in the group. vpdpbusd by ones then adds the four
 // entries of a point into the point's own 32-bit lane, so nothing saturates or crosses lanes.
 // kBytes: one vpermb (64 entries), one vpermi2b (128) or two and a blend (256) a subspace.
+#include "dot.h"
 #include "scan.h"
 
 #if defined(__x86_64__) && !defined(XLA_KERNELS_NO_SIMD)
@@ -292,6 +293,58 @@ void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
   }
 }
 
+// int8 rows, 16 a block: one vpdpbusd adds four products to each row's sum.
+template <int kQueries, bool kAffine>
+void dot_blocks(const ByteRows& rows, const RowTerms& terms, int64_t begin, int64_t end,
+                const ScanQuery* queries) {
+  for (int64_t i = begin; i < end; ++i) {
+    const uint8_t* block = rows.block(i);
+    __m512i sums[kQueries];
+    const int8_t* components[kQueries];
+    UNROLL
+    for (int q = 0; q < kQueries; ++q) {
+      sums[q] = _mm512_set1_epi32(queries[q].shift);
+      components[q] = static_cast<const int8_t*>(queries[q].table);
+    }
+    for (int64_t g = 0; g < rows.groups; ++g) {
+      const __m512i bytes = _mm512_loadu_si512(block + 64 * g);
+      UNROLL
+      for (int q = 0; q < kQueries; ++q) {
+        int32_t four;
+        __builtin_memcpy(&four, components[q] + 4 * g, 4);
+        dot_accumulate(sums[q], bytes, _mm512_set1_epi32(four));
+      }
+    }
+    UNROLL
+    for (int q = 0; q < kQueries; ++q) {
+      // The shift is in the sum already.
+      collect<kAffine>(queries[q], sums[q], terms, i * 16, rows.num_rows);
+    }
+  }
+}
+
+template <bool kAffine>
+void dot_all(const ByteRows& rows, const RowTerms& terms, int64_t begin, int64_t end,
+             const ScanQuery* queries, int64_t num_queries) {
+  const int64_t piece = 1 + (256 << 10) / (rows.groups * 64 + 1);
+  for (int64_t from = begin; from < end; from += piece) {
+    const int64_t to = from + piece < end ? from + piece : end;
+    int64_t q = 0;
+    for (; q + 8 <= num_queries; q += 8) dot_blocks<8, kAffine>(rows, terms, from, to, queries + q);
+    for (; q + 2 <= num_queries; q += 2) dot_blocks<2, kAffine>(rows, terms, from, to, queries + q);
+    for (; q < num_queries; ++q) dot_blocks<1, kAffine>(rows, terms, from, to, queries + q);
+  }
+}
+
+void dot_scan(const ByteRows& rows, const RowTerms& terms, int64_t begin, int64_t end,
+              const ScanQuery* queries, int64_t num_queries) {
+  if (terms.gain != nullptr) {
+    dot_all<true>(rows, terms, begin, end, queries, num_queries);
+  } else {
+    dot_all<false>(rows, terms, begin, end, queries, num_queries);
+  }
+}
+
 int64_t count(const int32_t* keys, int64_t size, int32_t pivot) {
   const __m512i bar = _mm512_set1_epi32(pivot);
   int64_t total = 0, i = 0;
@@ -363,11 +416,14 @@ const Kernels* avx512vbmi_kernels() {
   return runs ? &kKernels : nullptr;
 }
 
+DotScan dot_scan_avx512vnni() { return dot_scan; }
+
 }  // namespace xla_kernels
 
 #else
 
 namespace xla_kernels {
+DotScan dot_scan_avx512vnni() { return nullptr; }
 const Kernels* avx512vbmi_kernels() { return nullptr; }
 }  // namespace xla_kernels
 

@@ -28,15 +28,6 @@ struct AlignedBytes {
   uint8_t* data;
 };
 
-struct Scorer final : ExactScorer {
-  const float* table = nullptr;
-  const TopKArguments* arguments = nullptr;
-  float score(int32_t row) const override {
-    return exact_score(table, arguments->num_codewords, arguments->codes, arguments->terms.gain,
-                       arguments->terms.offset, row);
-  }
-};
-
 // Subspaces of 16 entries each; a code beyond the table reads the last entry, as in exact_score.
 void pad_table(const float* table, int64_t num_subspaces, int64_t num_codewords, float* out) {
   for (int64_t s = 0; s < num_subspaces; ++s) {
@@ -52,6 +43,41 @@ void prefetch_row(const Codes& codes, int64_t row) {
   const int64_t at = codes.layout == Layout::kDwords ? 4 * (within & 15) : within;
   for (int64_t g = 0; g < codes.groups; ++g) __builtin_prefetch(block + 64 * g + at);
 }
+
+struct Scorer final : ExactScorer {
+  const float* table = nullptr;
+  const TopKArguments* arguments = nullptr;
+  const Kernels* kernels = nullptr;
+
+  void score(const int32_t* rows, int64_t count, float* scores) const override {
+    const TopKArguments& a = *arguments;
+    const bool vector = kernels->exact_rows != nullptr && gatherable(a.codes);
+    const float* entries = table;
+    std::vector<float> padded;
+    if (vector && a.num_codewords != 16) {
+      padded.resize(static_cast<size_t>(a.codes.num_subspaces) * 16);
+      pad_table(table, a.codes.num_subspaces, a.num_codewords, padded.data());
+      entries = padded.data();
+    }
+    constexpr int64_t kStep = 16;
+    for (int64_t i = 0; i < std::min(kStep, count); ++i) prefetch_row(a.codes, rows[i]);
+    for (int64_t i = 0; i < count; i += kStep) {
+      const int64_t end = std::min(i + kStep, count);
+      for (int64_t j = end; j < std::min(end + kStep, count); ++j) prefetch_row(a.codes, rows[j]);
+      if (vector) {
+        kernels->exact_rows(entries, a.codes, rows + i, end - i, scores + i);
+        for (int64_t j = i; j < end; ++j) {
+          scores[j] = finish_score(scores[j], a.terms.gain, a.terms.offset, rows[j]);
+        }
+      } else {
+        for (int64_t j = i; j < end; ++j) {
+          scores[j] = exact_score(table, a.num_codewords, a.codes, a.terms.gain, a.terms.offset,
+                                  rows[j]);
+        }
+      }
+    }
+  }
+};
 
 // One tile of queries: tables, and a collector for each query and shard of the rows.
 class Tile {
@@ -95,6 +121,7 @@ class Tile {
                                rounded.data);
       scorers_[i].table = table;
       scorers_[i].arguments = &a_;
+      scorers_[i].kernels = &kernels_;
       if (!bounds_[i].finite || !bounds_[i].bounded) continue;
       kernels_.expand(rounded.data, a_.codes.layout, a_.codes.groups, stride_,
                       expanded_.data + q * expanded_bytes_);
@@ -181,36 +208,13 @@ class Tile {
   }
   // Scores rows exactly and writes the best. Rows come roughly in ascending order.
   void write(int64_t q, const int32_t* rows, int64_t size) {
+    std::vector<float> scores(static_cast<size_t>(size));
+    scorers_[static_cast<size_t>(q)].score(rows, size, scores.data());
     std::vector<uint64_t> keys;
     keys.reserve(static_cast<size_t>(size));
-    const auto push = [&](float score, int32_t row) {
-      if (score > kMinusInfinity) keys.push_back(best_key(score, row));  // false for NaN
-    };
-    const bool vector = kernels_.exact_rows != nullptr && gatherable(a_.codes);
-    const float* table = table_of(q);
-    std::vector<float> padded;
-    if (vector && a_.num_codewords != 16) {
-      const int64_t m = a_.codes.num_subspaces;
-      padded.resize(static_cast<size_t>(m) * 16);
-      pad_table(table, m, a_.num_codewords, padded.data());
-      table = padded.data();
-    }
-    constexpr int64_t kStep = 16;
-    for (int64_t i = 0; i < std::min(kStep, size); ++i) prefetch_row(a_.codes, rows[i]);
-    for (int64_t i = 0; i < size; i += kStep) {
-      const int64_t end = std::min(i + kStep, size);
-      for (int64_t j = end; j < std::min(end + kStep, size); ++j) prefetch_row(a_.codes, rows[j]);
-      if (vector) {
-        float sums[kStep];
-        kernels_.exact_rows(table, a_.codes, rows + i, end - i, sums);
-        for (int64_t j = i; j < end; ++j) {
-          push(finish_score(sums[j - i], a_.terms.gain, a_.terms.offset, rows[j]), rows[j]);
-        }
-      } else {
-        for (int64_t j = i; j < end; ++j) {
-          push(scorers_[static_cast<size_t>(q)].score(rows[j]), rows[j]);
-        }
-      }
+    for (int64_t i = 0; i < size; ++i) {
+      const float score = scores[static_cast<size_t>(i)];
+      if (score > kMinusInfinity) keys.push_back(best_key(score, rows[i]));  // false for NaN
     }
     const int64_t at = (first_ + q) * a_.k;
     write_best(keys.data(), static_cast<int64_t>(keys.size()), a_.k, a_.scores + at, a_.ids + at);

@@ -61,7 +61,10 @@ struct SlotScorer final : ExactScorer {
   const TreeKernels* tree = nullptr;
   const float* query = nullptr;
   const float* table = nullptr;
-  float score(int32_t slot) const override {
+  void score(const int32_t* slots, int64_t count, float* scores) const override {
+    for (int64_t i = 0; i < count; ++i) scores[i] = score_one(slots[i]);
+  }
+  float score_one(int32_t slot) const {
     const int64_t block = slot / a->codes.block_rows();
     const int64_t leaf =
         std::upper_bound(a->starts, a->starts + a->num_leaves + 1, block) - a->starts - 1;
@@ -69,6 +72,7 @@ struct SlotScorer final : ExactScorer {
     const float sum = exact_score(table, a->num_codewords, a->codes, nullptr, nullptr, slot);
     return shared + sum + (a->slot_offset != nullptr ? a->slot_offset[slot] : 0.0f);
   }
+  int32_t place(int32_t slot) const override { return a->slot_rows[slot]; }
 };
 
 // One query between the ranking of its leaves and its results.
@@ -336,7 +340,7 @@ class Worker {
 
   void estimate(const Search& search) {
     for (const int32_t slot : slots_) {
-      if (a_.slot_rows[slot] >= 0) keep(search.scorer.score(slot), a_.slot_rows[slot]);
+      if (a_.slot_rows[slot] >= 0) keep(search.scorer.score_one(slot), a_.slot_rows[slot]);
     }
   }
 

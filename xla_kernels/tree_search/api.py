@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import library
 
+from ..varying import match_varying, varying_axes
 from . import cpu, xla
 from .packed import PackedTree
 
@@ -16,14 +17,14 @@ Implementation = Literal["xla", "cpu"]
 
 def tree_search(
     tree: PackedTree,
-    queries: jax.Array,
+    queries: Any,
     *,
     k: int,
     leaves_to_search: int,
     rescore: int = 0,
-    rows: jax.Array | None = None,
-    row_scale: jax.Array | None = None,
-    usable: jax.Array | None = None,
+    rows: Any = None,
+    row_scale: Any = None,
+    usable: Any = None,
     euclidean: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -129,7 +130,7 @@ def _scores_of(
 
     def estimate(q: jax.Array, rows: jax.Array) -> jax.Array:
         first = jnp.searchsorted(numbers, rows)
-        places = jnp.minimum(first[:, None] + jnp.arange(2), len(order) - 1)
+        places = jnp.minimum(first[:, None] + jnp.arange(2)[None, :], len(order) - 1)
         slots = order[places]
         scores = xla.slot_scores(tree, q, slots.reshape(-1)).reshape(slots.shape)
         same = tree.slot_rows[slots] == rows[:, None]
@@ -156,10 +157,16 @@ def _choose(tree: PackedTree, implementation: str | None, rows: Any, euclidean: 
         return xla.tree_search
 
     def by_platform(*args: Any, **options: Any) -> Any:
+        axes = varying_axes(*jax.tree.leaves(args))
+
+        def run(search: Any) -> Any:
+            # Both branches must vary alike over the devices of shard_map.
+            return lambda *a: jax.tree.map(
+                lambda x: match_varying(x, axes), tuple(search(*a, **options))
+            )
+
         return jax.lax.platform_dependent(
-            *args,
-            cpu=lambda *a: cpu.tree_search(*a, **options),
-            default=lambda *a: xla.tree_search(*a, **options),
+            *args, cpu=run(cpu.tree_search), default=run(xla.tree_search)
         )
 
     return by_platform
