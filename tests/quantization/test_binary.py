@@ -70,6 +70,14 @@ class TestSigns(BinarySuite):
     def make(self, key, x, scaling):
         return fit_binary(key, x, scaling, refine=0, num_bits=40, num_steps=2000)[0]
 
+    def test_encoding_beats_random_codes(self, learned):
+        """Signs do not search for the best code of a row: they win by less."""
+        codec, x, scaling, codes = learned
+        draws = jax.random.randint(jax.random.key(3), codes.codes.shape, 0, 16)
+        best, drawn = (loss_of(codec, c, x, scaling) for c in (codes.codes, draws))
+        assert float(jnp.mean(best <= drawn)) > 0.9
+        assert float(best.mean()) < 0.8 * float(drawn.mean())
+
 
 def loss_of(codec, codes, x, scaling):
     return avq_jax.score_aware_loss(x, avq_jax.decode(codec, codes), scaling)

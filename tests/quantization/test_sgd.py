@@ -41,6 +41,12 @@ def learned(data):
     return fit_sgd(KEY, *data)
 
 
+def test_descent_lowers_the_loss(data, learned):
+    start, _ = fit_sgd(KEY, *data, num_steps=0)
+    assert float(learned[0].loss) < 0.7 * float(start.loss)
+
+
+@pytest.mark.full
 def test_loss_is_close_to_lloyds(data, learned):
     state, _ = learned
     lloyd, _ = avq_jax.fit(KEY, *data, num_subspaces=M, num_codewords=K, init="random")
@@ -176,7 +182,7 @@ def test_a_loss_that_is_not_finite_raises_with_the_last_good_state(data):
     assert f"at step {int(state.step)};" in str(caught.value)
 
 
-def test_jit_and_vmap(data, learned):
+def test_jit(data, learned):
     inside, history = jax.jit(fit_sgd)(KEY, *data)
     np.testing.assert_allclose(
         inside.codebook.codewords, learned[0].codebook.codewords, rtol=1e-3, atol=1e-4
