@@ -61,11 +61,11 @@ def save(index: Index, path: str | os.PathLike[str], *, single_file: bool | None
       OSError: no space, no permission, no parent directory.
 
     >>> import avq_jax, jax, tempfile
-    >>> index = avq_jax.build(jax.random.key(0), jax.numpy.eye(4))
+    >>> index = avq_jax.build(jax.random.key(0), jax.numpy.eye(40))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     avq_jax.save(index, folder + "/four")
     ...     avq_jax.load(folder + "/four")
-    Index(4 rows x 4, dot, exact scoring of float32 rows)
+    Index(40 rows x 40, dot, exact scoring of float32 rows)
     """
     if not isinstance(index, Index):
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
@@ -198,7 +198,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
       IndexFormatError: not an index, a damaged header or a newer version.
 
     >>> import avq_jax, jax, tempfile
-    >>> index = avq_jax.build(jax.random.key(0), jax.numpy.eye(4))
+    >>> index = avq_jax.build(jax.random.key(0), jax.numpy.eye(40))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     avq_jax.save(index, folder + "/four.safetensors")
     ...     describe(folder + "/four.safetensors")["metric"]

@@ -1,0 +1,85 @@
+"""Write the tables of the README from the results of the benchmarks.
+
+python benchmarks/report.py          rewrites README.md
+python benchmarks/report.py --check  fails if README.md is not what the results say
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _environment(result: dict) -> str:
+    e = result["environment"]
+    versions = ", ".join(f"{k} {v}" for k, v in e["versions"].items() if v != "not installed")
+    return f"{e['cpu']}, {e['threads']} thread(s), Python {e['python']}, {versions}."
+
+
+def _codes(result: dict) -> str:
+    lines = [
+        f"{result['rows']:,} rows and {result['queries']:,} queries of `{result['dataset']}`, unit "
+        "rows, cosine. Codes alone, scored exhaustively with float tables, no rescoring:",
+        "",
+        "| codes | loss | eta | recall 1@1 | 1@10 | 10@100 | relative error | fit + encode, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for code, rows in result["flat"].items():
+        for row in rows:
+            seconds = f"{row['fit_s'] + row['encode_s']:.0f}" if "fit_s" in row else "-"
+            lines.append(
+                f"| {code} | {row['name']} | {row['eta']:.3g} | {row['1@1']:.3f} "
+                f"| {row['1@10']:.3f} | {row['10@100']:.3f} | {row['relative_error']:.4f} "
+                f"| {seconds} |"
+            )
+    lines += [
+        "",
+        f"Learned on {result['sample']:,} rows. Residual codes behind a k-means tree, score-aware "
+        "loss along the original row (exact eta, default T):",
+        "",
+        "| codes | leaves probed | rescored | recall 1@1 | 1@10 | 10@10 | 10@100 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for code, tree in result["tree"].items():
+        for row in tree["rows"]:
+            lines.append(
+                f"| {code} | {row['probed']} | {row['rescore']} | {row['1@1']:.3f} "
+                f"| {row['1@10']:.3f} | {row['10@10']:.3f} | {row['10@100']:.3f} |"
+            )
+    return "\n".join([*lines, "", _environment(result)])
+
+
+TABLES: dict[str, Callable[[dict], str]] = {"codes": _codes}
+
+
+def render(text: str) -> str:
+    """The README with every table between its markers replaced."""
+    for name, table in TABLES.items():
+        file = RESULTS / f"{name}.json"
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if not file.exists() or begin not in text:
+            continue
+        head, rest = text.split(begin)
+        tail = rest.split(end)[1]
+        text = f"{head}{begin}\n{table(json.loads(file.read_text()))}\n{end}{tail}"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare, exit 1 on a difference")
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = render(old)
+    if parser.parse_args().check:
+        return int(old != new)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
