@@ -116,7 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     progress = False if args.quiet else None
 
     base_words, base, words, queries = _held_out(args.queries, args.seed)
-    print(f"{len(base):,} word vectors of {base.shape[1]} dimensions, {len(queries)} held-out words")
+    print(
+        f"{len(base):,} word vectors of {base.shape[1]} dimensions, {len(queries)} held-out words"
+    )
     key = jax.random.key(args.seed)
     rows_on_device = jnp.asarray(base)
 
@@ -126,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     truth = np.asarray(exact(_PLOT_DEPTH)(queries).ids)
     _, seconds = _timed(exact(10), queries)
     rows = [_Row("exact", truth, 0.0, 4.0 * base.shape[1], seconds)]
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "PQ, reconstruction loss": {"weight": avq_jax.Uniform(), "num_leaves": 1},
         "PQ, score-aware loss": {"num_leaves": 1},
         "engine: tree, score-aware, rescored": {},
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
             **options,
         )
         built = time.perf_counter() - start
-        ids = avq_jax.searcher(index, k=_PLOT_DEPTH)(queries).ids
+        ids = np.asarray(avq_jax.searcher(index, k=_PLOT_DEPTH)(queries).ids)
         _, seconds = _timed(avq_jax.searcher(index, k=10), queries)
         print(f"{name}: built in {built:.1f} s", file=sys.stderr)
         rows.append(_Row(name, ids, index.code_bytes, _bytes(index), seconds))

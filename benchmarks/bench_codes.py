@@ -62,7 +62,10 @@ class Task:
             "10@10": float(avq_jax.recall_k_at_k(ids, self.truth, k=10)),
             "10@100": float(
                 np.mean(
-                    [len(np.intersect1d(a, b[:10])) / 10 for a, b in zip(ids, self.truth, strict=True)]
+                    [
+                        len(np.intersect1d(a, b[:10])) / 10
+                        for a, b in zip(ids, self.truth, strict=True)
+                    ]
                 )
             ),
         }

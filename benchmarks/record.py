@@ -47,7 +47,9 @@ def _commit() -> str:
             ["git", *words], cwd=here, capture_output=True, text=True, check=False
         ).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    return git("rev-parse", "--short", "HEAD") + (
+        "+" if git("status", "--porcelain", "-uno") else ""
+    )
 
 
 def environment(*packages: str) -> dict[str, Any]:

@@ -28,7 +28,11 @@ from avq_jax.evaluation.datasets import read_npy
 
 __all__ = ["BINS", "TEXTS", "VECS", "RowFile", "open_rows"]
 
-VECS: dict[str, np.dtype] = {".fvecs": np.dtype("<f4"), ".ivecs": np.dtype("<i4"), ".bvecs": np.dtype("u1")}
+VECS: dict[str, np.dtype] = {
+    ".fvecs": np.dtype("<f4"),
+    ".ivecs": np.dtype("<i4"),
+    ".bvecs": np.dtype("u1"),
+}
 BINS: dict[str, np.dtype] = {
     ".fbin": np.dtype("<f4"),
     ".ibin": np.dtype("<i4"),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int32, UInt32
+from jaxtyping import UInt32
 
 from avq_jax.quantization import Codebook
 from xla_kernels import PackedTree

@@ -103,7 +103,9 @@ def coded_rows(tree: Tree, num_rows: int) -> CodedRows:
     # By row; the copies of a row by leaf, which is how slots lie.
     order = used[np.argsort(rows[used], kind="stable")]
     shape = (num_rows,) if copies == 1 else (num_rows, copies)
-    codes = np.asarray(unpack_codes(packed.codes))[order].reshape(*shape, packed.codes.num_subspaces)
+    codes = np.asarray(unpack_codes(packed.codes))[order].reshape(
+        *shape, packed.codes.num_subspaces
+    )
     offset = None
     if tree.offset is not None:
         offset = np.asarray(tree.offset)[order].reshape(shape)

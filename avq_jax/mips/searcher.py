@@ -17,7 +17,7 @@ from avq_jax.mips.exact import _power_of_two as power_of_two
 from avq_jax.mips.index import Index
 from avq_jax.mips.rescoring import rough_scores
 from avq_jax.quantization.rows import unit
-from xla_kernels import best_rows, row_scores, tree_search
+from xla_kernels import Implementation, best_rows, row_scores, tree_search
 
 __all__ = ["search", "searcher"]
 
@@ -39,7 +39,7 @@ class _Effort(NamedTuple):
     k: int
     leaves_to_search: int
     rescore: int
-    implementation: str | None
+    implementation: Implementation | None
 
 
 def _effort(
@@ -83,7 +83,7 @@ def search(
     leaves_to_search: int | None = None,
     rescore: int | None = None,
     allowed: Any = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> SearchResult:
     """Find the k rows of largest score for each query.
 
@@ -231,7 +231,7 @@ def searcher(
     k: int = 10,
     leaves_to_search: int | None = None,
     rescore: int | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Callable[[Any], SearchResult]:
     """Make a handle for serving loops: NumPy in and out, compiled once for each batch size.
 

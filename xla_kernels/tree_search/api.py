@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import library
-
 from ..varying import match_varying, varying_axes
 from . import cpu, xla
 from .packed import PackedTree
@@ -94,10 +93,12 @@ def tree_search(
         scores, ids = found(*primals)
 
         def scores_of(operands: Any) -> Any:
-            return _scores_of(*operands, ids, rescore=rescore, euclidean=euclidean)
+            tree, queries, rows, row_scale = operands
+            return _scores_of(
+                tree, queries, rows, row_scale, ids, rescore=rescore, euclidean=euclidean
+            )
 
         _, change = jax.jvp(scores_of, primals[:1], tangents[:1])
-
 
         nothing = np.zeros(ids.shape, jax.dtypes.float0)
         return (scores, ids), (jnp.where(ids >= 0, change, 0), nothing)
@@ -144,7 +145,9 @@ def _choose(tree: PackedTree, implementation: str | None, rows: Any, euclidean: 
         raise ValueError(f"implementation must be None, 'xla' or 'cpu'; got {implementation!r}")
     if implementation == "xla":
         return xla.tree_search
-    fits = tree.codes.layout != "columns" and not (euclidean and rows is not None and rows.dtype != jnp.float32)
+    fits = tree.codes.layout != "columns" and not (
+        euclidean and rows is not None and rows.dtype != jnp.float32
+    )
     if implementation == "cpu":
         if not library.available():
             raise ValueError(f"implementation 'cpu' cannot run: {library.load().reason}")

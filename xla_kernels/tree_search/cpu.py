@@ -42,9 +42,7 @@ def tree_search(
         )
         before, after = rest
         return tuple(
-            ffi_call(
-                "xla_kernels_tree_search", out, queries, *before, usable, *after, **attributes
-            )
+            ffi_call("xla_kernels_tree_search", out, queries, *before, usable, *after, **attributes)
         )
 
     @call.def_vmap

@@ -105,7 +105,11 @@ def pack_tree(
             f"codes must be [{slots}, {words.shape[0]}], one row a slot and one column a "
             f"subspace; got {list(codes.shape)}"
         )
-    if len(starts) != len(centroids) + 1 or starts[-1] * size != slots or np.any(np.diff(starts) < 0):
+    if (
+        len(starts) != len(centroids) + 1
+        or starts[-1] * size != slots
+        or np.any(np.diff(starts) < 0)
+    ):
         raise ValueError(
             f"starts must rise to {slots // size}, the number of blocks of {size} slots, over "
             f"{len(centroids)} leaves"
