@@ -25,6 +25,7 @@ from avq_jax.quantization.binary_gradient import (
     real_bits,
     run_steps,
     start,
+    to_rows,
     units_of,
 )
 from avq_jax.quantization.bits import (
@@ -89,7 +90,7 @@ class BinaryCodec:
 
     @property
     def num_subspaces(self) -> int:
-        """Number of codes of a row, four bits each."""
+        """Number of codes of a row."""
         return self.decoder.shape[0] // GROUP
 
     @property
@@ -179,16 +180,7 @@ def _(codec: BinaryCodec, q: Any) -> Array:
 
 
 def _to_codec(weights: Weights, units: Units, num_bits: int, refine: int) -> BinaryCodec:
-    encoder = weights.encoder / units.size
-    shift = jnp.matmul(encoder, units.center, precision="highest")
-    return BinaryCodec(
-        encoder,
-        weights.threshold - shift,
-        weights.decoder * units.size,
-        weights.offset * units.size + units.center,
-        num_bits=num_bits,
-        refine=refine,
-    )
+    return BinaryCodec(*to_rows(weights, units), num_bits=num_bits, refine=refine)
 
 
 @jax.jit
@@ -287,15 +279,14 @@ def fit_binary(
     (500, 4)
 
     Reference:
-      Guo et al., Accelerating Large-Scale Inference with Anisotropic Vector Quantization, 2020.
-      Dai et al., Stochastic Generative Hashing, 2017.
+      Guo et al. 2020, section 7.7; Dai et al., Stochastic Generative Hashing, 2017.
     """
     rows = as_learning_rows(x, scaling, direction, extra)
     num_bits = as_count(num_bits, name="num_bits")
     num_steps = as_count(num_steps, name="num_steps", minimum=0)
     refine = as_count(refine, name="refine", minimum=0)
     num_iterations = as_count(num_iterations, name="num_iterations", minimum=0)
-    num_iterations = num_iterations if refine else min(num_iterations, 1)
+    num_iterations = min(num_iterations, num_iterations if refine else 1)
     if gradient not in ("straight_through", "stochastic_neuron"):
         raise ValueError(
             f"gradient must be 'straight_through' or 'stochastic_neuron'; got {gradient!r}"
@@ -310,9 +301,9 @@ def fit_binary(
     )
     optimizer = default_binary_optimizer(num_steps) if optimizer is None else optimizer
     rows = jax.tree.map(jnp.asarray, rows)
-    units = _jit_units(rows)
+    units = units_of(rows)
     key_start, key_steps = jax.random.split(key)
-    state = start(_jit_initial(key_start, rows, units, num_bits), optimizer)
+    state = start(initial_weights(key_start, rows, units, num_bits), optimizer)
     counts = interval_counts(num_steps, options.log_every)
 
     if is_traced(key, rows):
@@ -333,7 +324,6 @@ def fit_binary(
         return codec, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), first, second)
 
     entries: list[History] = []
-    stopped = False
     for i in steps(len(counts), "learning bits", progress):
         new, losses, entry = run_steps(key_steps, state, rows, units, counts[i], optimizer, options)
         if bool(new.failed):
@@ -344,14 +334,13 @@ def fit_binary(
         state = new
         entries.append(entry)
         if callback is not None and callback(_to_codec(state.weights, units, num_bits, refine)):
-            stopped = True
+            num_iterations = 0
             break
     codec = _to_codec(state.weights, units, num_bits, refine)
     codes, loss = _encode(codec, rows, refine)
     if not np.isfinite(loss):
-        good = _to_codec(state.good, units, num_bits, refine)
-        raise learning_failure(loss, int(state.step), good)
-    for i in steps(0 if stopped else num_iterations, "refining bits", progress):
+        raise learning_failure(loss, num_steps, _to_codec(state.good, units, num_bits, refine))
+    for i in steps(num_iterations, "refining bits", progress):
         new_codec, codes, entry = _alternate(codec, codes, loss, rows)
         if not np.isfinite(entry.loss):
             raise learning_failure(entry.loss, num_steps + i, codec)
@@ -364,7 +353,3 @@ def fit_binary(
         loss = entry.loss
     loss, usage = np.array(entries, np.float32).reshape(-1, 2).T
     return codec, History(loss, usage)
-
-
-_jit_units = jax.jit(units_of)
-_jit_initial = jax.jit(initial_weights, static_argnums=3)

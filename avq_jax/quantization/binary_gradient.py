@@ -28,6 +28,7 @@ __all__ = [
     "real_bits",
     "run_steps",
     "start",
+    "to_rows",
     "units_of",
 ]
 
@@ -102,6 +103,7 @@ def default_binary_optimizer(num_steps: int) -> Any:
     return optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, max(num_steps, 1)))
 
 
+@jax.jit
 def units_of(rows: Rows) -> Units:
     """Measure the units of the rows; a size or weight of zero is taken as 1."""
     center = jnp.mean(rows.x, axis=0)
@@ -124,11 +126,24 @@ def _in_units(rows: Rows, units: Units) -> QuadraticForm:
     )
 
 
+def to_rows(weights: Weights, units: Units) -> Weights:
+    """Give the weights in the units of the rows."""
+    encoder = weights.encoder / units.size
+    shift = jnp.matmul(encoder, units.center, precision="highest")
+    return Weights(
+        encoder,
+        weights.threshold - shift,
+        weights.decoder * units.size,
+        weights.offset * units.size + units.center,
+    )
+
+
 def real_bits(num_bits: int) -> Bool[Array, " h"]:
     """Which of the bits, in whole codes, count."""
     return jnp.arange(-(-num_bits // GROUP) * GROUP) < num_bits
 
 
+@functools.partial(jax.jit, static_argnames="num_bits")
 def initial_weights(key: Array, rows: Rows, units: Units, num_bits: int) -> Weights:
     """Random projections, and the decoder that suits their signs best."""
     d = rows.x.shape[1]
