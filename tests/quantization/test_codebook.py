@@ -16,6 +16,7 @@ class TestProduct(CodecSuite):
         return avq_jax.fit(key, x, scaling, num_subspaces=5, num_codewords=16)[0].codebook
 
 
+@pytest.mark.full
 class TestVector(CodecSuite):
     def make(self, key, x, scaling):
         return avq_jax.fit(key, x, scaling, num_subspaces=1, num_codewords=40)[0].codebook

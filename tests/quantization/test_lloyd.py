@@ -37,7 +37,7 @@ def check(state, history, x, scaling, **options):
     ("n", "d", "m", "k"),
     [
         (40, 1, 1, 5),
-        (16, 6, 2, 16),
+        pytest.param(16, 6, 2, 16, marks=pytest.mark.full),
         pytest.param(96, 6, 4, 2, marks=pytest.mark.full),
         pytest.param(96, 6, 1, 3, marks=pytest.mark.full),
         pytest.param(96, 6, 6, 33, marks=pytest.mark.full),
@@ -56,7 +56,7 @@ def test_sizes(n, d, m, k):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 50.0, 1e6])
-@pytest.mark.parametrize("solver", ["dense", "cg"])
+@pytest.mark.parametrize("solver", ["dense", pytest.param("cg", marks=pytest.mark.full)])
 def test_any_eta(eta, solver):
     x = data()
     scaling = weights(96, eta)
@@ -121,7 +121,7 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("name", DEGENERATE)
-@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("m", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_degenerate_data(name, m):
     x, scaling = DEGENERATE[name], weights(len(DEGENERATE[name]))
     state, history = avq_jax.fit(
