@@ -7,7 +7,9 @@ Tensors, by name (n rows, d width, m subspaces, k codewords, L leaves):
 ``rows``       F32, BF16 or I8 ``[n, d]``      rescoring rows, absent where none were kept
 ``scale``      F32 ``[n]``                     step of I8 rows
 ``ids``        U32 ``[n, 2]``                  high and low words of user ids, absent without
-``leaves``     I32 ``[n]``                     leaf of each row; from here on absent without tree
+``leaves``     I32 ``[n c]``                   leaf of each row (and of each of its c copies where
+                                               ``codec.copies`` is c); from here on absent without
+                                               tree, and of n c entries where said of rows
 ``centroids``  F32 ``[L, d]``
 ``leaf_offset``  F32 ``[L]``                   l2 only
 ``codewords``  F32 ``[m, k, ceil(d / m)]``
@@ -111,13 +113,15 @@ def arrays_of(index: Index) -> dict[str, np.ndarray]:
                 f"got {type(tree.codebook).__name__}"
             )
         rows = coded_rows(tree, index.num_rows)
+        # The copies of a row, where it lies in several leaves, follow one another.
+        flat = rows.codes.reshape(-1, rows.codes.shape[-1])
         found.update(
-            leaves=rows.leaves,
+            leaves=rows.leaves.reshape(-1),
             centroids=tree.centroids,
             leaf_offset=tree.leaf_offset,
             codewords=tree.codebook.codewords,
-            offset=rows.offset,
-            codes=_halves(rows.codes) if tree.codebook.num_codewords <= 16 else rows.codes,
+            offset=None if rows.offset is None else rows.offset.reshape(-1),
+            codes=_halves(flat) if tree.codebook.num_codewords <= 16 else flat,
         )
     arrays = {name: np.asarray(array) for name, array in found.items() if array is not None}
     return {name: arrays[name] for name in TENSORS if name in arrays}
@@ -148,6 +152,9 @@ def header_of(index: Index, specs: Mapping[str, Spec]) -> dict[str, Any]:
             "num_subspaces": book.num_subspaces,
             "num_codewords": book.num_codewords,
         }
+        if index.num_rows:
+            copies = specs["leaves"].shape[0] // index.num_rows
+            codec |= {} if copies == 1 else {"copies": copies}
     return {
         "magic": MAGIC,
         "format_version": FORMAT_VERSION,
@@ -243,10 +250,11 @@ def check_header(header: Mapping[str, Any], where: str) -> dict[str, Spec]:
         need(isinstance(codec, dict) and codec.get("kind") == "product", "codec is product codes")
         m, k = count(codec, "num_subspaces", 1, _MOST_ROWS), count(codec, "num_codewords", 1, 256)
         need(L >= 1, "codes lie in leaves")
-        shapes |= {"leaves": (n,), "centroids": (L, d), "codewords": (m, k, -(-d // m))}
-        shapes["codes"] = (n, -(-m // 2) if k <= 16 else m)
+        entries = n * (count(codec, "copies", 2, 64) if "copies" in codec else 1)
+        shapes |= {"leaves": (entries,), "centroids": (L, d), "codewords": (m, k, -(-d // m))}
+        shapes["codes"] = (entries, -(-m // 2) if k <= 16 else m)
         if metric == "l2":
-            shapes |= {"leaf_offset": (L,), "offset": (n,)}
+            shapes |= {"leaf_offset": (L,), "offset": (entries,)}
     need(set(shapes) == set(tensors), f"the tensors are {sorted(shapes)}")
     specs = {}
     for name in TENSORS:
@@ -290,13 +298,16 @@ def index_of(
             need(not spare, "codes", "0 in the last half byte")
             codes = _from_halves(codes, m)
         need(codes.max(initial=0) < k, "codes", f"below num_codewords, {k}")
-        leaf_offset = arrays.get("leaf_offset")
+        leaf_offset, offset = arrays.get("leaf_offset"), arrays.get("offset")
+        if (copies := header["codec"].get("copies", 1)) > 1:
+            leaves, codes = leaves.reshape(n, copies), codes.reshape(n, copies, m)
+            offset = None if offset is None else offset.reshape(n, copies)
         tree = pack_tree(
             jnp.asarray(arrays["centroids"]),
             leaves,
             Codebook(jnp.asarray(arrays["codewords"]), header["dim"]),
             codes,
-            arrays.get("offset"),
+            offset,
             leaf_offset=None if leaf_offset is None else jnp.asarray(leaf_offset),
         )
     if "rows" in arrays:

@@ -11,7 +11,14 @@ from jaxtyping import Array, Float, Int32
 
 from avq_jax.progress import steps
 
-__all__ = ["Layout", "check_slots", "lay_out", "nearest_centroids", "train_centroids"]
+__all__ = [
+    "Layout",
+    "check_slots",
+    "lay_out",
+    "nearest_centroids",
+    "spilled_leaves",
+    "train_centroids",
+]
 
 _ROWS_PER_STEP = 1024
 _CHUNK = 1 << 17
@@ -132,6 +139,71 @@ def check_slots(num_slots: int) -> None:
         raise ValueError(
             f"an index must have fewer than 2^31 slots, rows and padding; got {num_slots}"
         )
+
+
+def _second(
+    x: Float[Array, "B d"],
+    first: Int32[Array, " B"],
+    centroids: Float[Array, "L d"],
+    soar_lambda: Float[Array, ""],
+) -> Int32[Array, " B"]:
+    """The other leaf of least ``||x - c||^2 + lambda <x - c, r>^2 / ||r||^2`` (SOAR)."""
+    residual = x - centroids[first]
+    square = jnp.sum(residual * residual, axis=1, keepdims=True)
+    along = residual * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
+    cross = jnp.matmul(centroids, along.T, precision="highest")
+    cross = jnp.sum(x * along, axis=1)[None, :] - cross
+    distance = jnp.sum(centroids * centroids, axis=1)[:, None]
+    distance = distance - 2 * jnp.matmul(centroids, x.T, precision="highest")
+    loss = distance + soar_lambda * cross * cross
+    number = jax.lax.broadcasted_iota(jnp.int32, loss.shape, 0)
+    loss = jnp.where(number == first[None, :], jnp.inf, loss)
+    best = jnp.min(loss, axis=0, keepdims=True)
+    return jnp.min(jnp.where(loss == best, number, centroids.shape[0] - 1), axis=0)
+
+
+@jax.jit
+def _assign_second(x: Array, first: Array, centroids: Array, soar_lambda: Array) -> Array:
+    blocks = _in_steps(x), jnp.pad(first, (0, -x.shape[0] % _ROWS_PER_STEP))
+    blocks = blocks[0], blocks[1].reshape(-1, _ROWS_PER_STEP)
+    leaves = jax.lax.map(lambda z: _second(*z, centroids, soar_lambda), blocks)
+    return leaves.reshape(-1)[: x.shape[0]]
+
+
+def spilled_leaves(
+    x: Any,
+    leaves: Int32[np.ndarray, " n"],
+    centroids: Float[Array, "L d"],
+    *,
+    soar_lambda: float,
+) -> Int32[np.ndarray, " n"]:
+    """A second leaf for every row, whose residual is not parallel to the first.
+
+    A query finds a row if either copy is found. The first copy fails where the residual lies
+    along the query; so the second leaf is the one of least ``||r'||^2 + lambda <r', r>^2 /
+    ||r||^2`` with r, r' the residuals of the two leaves.
+
+    Args:
+      x: ``[n, d]`` rows.
+      leaves: ``int32[n]`` their first leaves.
+      centroids: ``[L, d]``, L >= 2.
+      soar_lambda: weight of the parallel part, >= 0; 0 takes the second nearest centroid.
+
+    Returns:
+      ``int32[n]``, never the first leaf.
+
+    Reference:
+      Sun et al., SOAR: Improved Indexing for Approximate Nearest Neighbor Search, 2023.
+    """
+    n = x.shape[0]
+    second = np.empty(n, np.int32)
+    for start in range(0, n, _CHUNK):
+        start = max(0, min(start, n - _CHUNK))
+        part = slice(start, start + _CHUNK)
+        second[part] = _assign_second(
+            jnp.asarray(x[part]), jnp.asarray(leaves[part]), centroids, jnp.float32(soar_lambda)
+        )
+    return second
 
 
 def lay_out(leaves: Int32[np.ndarray, " n"], *, num_leaves: int, block: int) -> Layout:
