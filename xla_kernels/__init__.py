@@ -19,3 +19,4 @@ from .tree_search.packed import pack_tree as pack_tree
 from .tree_search.packed import slots_per_block as slots_per_block
 from .tree_search.xla import best_rows as best_rows
 from .tree_search.xla import row_scores as row_scores
+from .tree_search.direct import direct_tree_search as direct_tree_search

@@ -17,13 +17,22 @@ from avq_jax.mips.exact import _power_of_two as power_of_two
 from avq_jax.mips.index import Index
 from avq_jax.mips.rescoring import rough_scores
 from avq_jax.quantization.rows import unit
-from xla_kernels import Implementation, best_rows, row_scores, tree_search
+from xla_kernels import (
+    Implementation,
+    best_rows,
+    direct_tree_search,
+    row_scores,
+    tree_search,
+)
 
 __all__ = ["search", "searcher"]
 
 # Queries that share one product with the centroids. Always this many, so that a query gets the
 # same bits whatever the batch around it.
 _TILE = 8
+
+# Batches up to this size go to the kernel directly; larger ones use XLA's threads.
+_DIRECT_QUERIES = 8
 
 # Rows beyond k that exact search scores again, for what the product ranks a rounding error apart.
 _SPARE = 64
@@ -262,18 +271,60 @@ def searcher(
     effort = _effort(index, k, leaves_to_search, rescore, implementation)
     index = jax.tree.map(jnp.asarray, index)
 
+    direct = _direct(index, effort)
+
     @functools.lru_cache(maxsize=64)
     def compiled(b: int) -> Callable:
         shape = jax.ShapeDtypeStruct((b, index.dim), jnp.float32)
         return _search.lower(index, shape, None, effort).compile()
 
     def find(queries: Any) -> SearchResult:
-        if is_traced(queries):
-            raise TypeError("a searcher takes concrete queries; inside jit call search instead")
-        rows, single = as_queries(queries, width=index.dim)
-        scores, ids = compiled(rows.shape[0])(index, np.asarray(rows), None)
-        arrays: Any = (np.asarray(scores), np.asarray(ids))
-        result = SearchResult(*arrays)
-        return SearchResult(result.scores[0], result.ids[0]) if single else result
+        rows, single = _host_queries(queries, index.dim)
+        found = direct(rows) if direct is not None and len(rows) <= _DIRECT_QUERIES else None
+        if found is None:
+            found = compiled(len(rows))(index, rows, None)
+        scores, ids = (np.asarray(a) for a in found)
+        result: Any = (scores[0], ids[0]) if single else (scores, ids)
+        return SearchResult(*result)
 
     return find
+
+
+def _host_queries(queries: Any, dim: int) -> tuple[np.ndarray, bool]:
+    if type(queries) is np.ndarray and queries.dtype == np.float32 and queries.flags.c_contiguous:
+        if queries.shape == (dim,):
+            return queries.reshape(1, dim), True
+        if queries.ndim == 2 and queries.shape[1] == dim:
+            return queries, False
+    if is_traced(queries):
+        raise TypeError("a searcher takes concrete queries; inside jit call search instead")
+    rows, single = as_queries(queries, width=dim)
+    return np.ascontiguousarray(rows), single
+
+
+def _direct(index: Index, effort: _Effort) -> Callable | None:
+    """The compiled kernel called without JAX between, where it does all that a search does."""
+    if index.tree is None or effort.implementation == "xla" or not index.num_rows:
+        return None
+    if index.metric == "l2" and not effort.rescore:
+        return None
+    run = direct_tree_search(
+        index.tree.packed,
+        k=effort.k,
+        leaves_to_search=effort.leaves_to_search,
+        rescore=effort.rescore,
+        rows=index.store.rows if effort.rescore else None,
+        row_scale=index.store.scale if effort.rescore else None,
+        euclidean=index.metric == "l2",
+    )
+    if run is None or index.metric != "cosine":
+        return run
+
+    def cosine(queries: np.ndarray) -> Any:
+        peak = np.abs(queries).max(axis=1, keepdims=True, initial=0)
+        scaled = queries / np.where(peak > 0, peak, 1)
+        norms = np.sqrt(np.einsum("bd,bd->b", scaled, scaled))
+        with np.errstate(invalid="ignore"):
+            return run(scaled / np.where(norms > 0, norms, 1)[:, None])
+
+    return cosine

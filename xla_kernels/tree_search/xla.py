@@ -187,7 +187,8 @@ def _candidates(
         )
         top, order = jax.lax.top_k(merged.scores, count)
         # A tie across the last place: top_k takes the first probed, the lowest row is wanted.
-        last = top[-1]
+        # Not top[-1]: XLA would merge that slice into the selection and sort everything.
+        last = jnp.min(top)
         cut = jnp.sum(merged.scores == last) > jnp.sum(top == last)
         order = jax.lax.cond(
             cut & (last > -jnp.inf), lambda: lowest_rows(merged), lambda: order.astype(jnp.int32)

@@ -1,0 +1,79 @@
+// The tree search as a plain C function, for calls from a host language without XLA's dispatch.
+#include <cmath>
+#include <cstdint>
+
+#include "tree_search.h"
+
+using namespace xla_kernels;  // NOLINT: a C symbol
+
+extern "C" {
+
+// Mirrored by xla_kernels/tree_search/direct.py: only pointers and 64-bit integers, then floats.
+struct XlaKernelsTreeSearch {
+  const float* centroids;
+  const int16_t* tiles;
+  const float* leaf_offset;
+  const int32_t* starts;
+  const float* codewords;
+  const uint8_t* codes;
+  const float* slot_offset;
+  const int32_t* slot_rows;
+  const uint8_t* usable;
+  const void* rows;
+  const float* row_scale;
+  int64_t dim, num_leaves, width, num_codewords, layout, num_slots, num_subspaces, store, num_rows;
+  int64_t euclidean, leaves_to_search, rescore, k;
+  double centroid_scale;
+};
+
+// Searches num_queries queries on the calling thread. The caller has checked shapes and the rise of
+// `starts` once for all calls. Returns 0, or 1, with nothing written, where a finite query is so
+// large or small that it should be rescaled first.
+__attribute__((visibility("default"))) int xla_kernels_tree_search_direct(
+    const XlaKernelsTreeSearch* tree, const float* queries, int64_t num_queries, float* scores,
+    int32_t* ids) {
+  for (int64_t q = 0; q < num_queries; ++q) {
+    float peak = 0, poison = 0;
+    for (int64_t i = 0; i < tree->dim; ++i) {
+      const float x = queries[q * tree->dim + i];
+      poison += x * 0.0f;
+      peak = std::fabs(x) > peak ? std::fabs(x) : peak;
+    }
+    if (poison == 0.0f && peak != 0 && !(peak < 1e12f && peak > 1e-12f)) return 1;
+  }
+  TreeSearchArguments a;
+  a.queries = queries;
+  a.num_queries = num_queries;
+  a.dim = tree->dim;
+  a.centroids = tree->centroids;
+  a.tiles = tree->tiles;
+  a.centroid_scale = static_cast<float>(tree->centroid_scale);
+  a.leaf_offset = tree->leaf_offset;
+  a.starts = tree->starts;
+  a.num_leaves = tree->num_leaves;
+  a.codewords = tree->codewords;
+  a.width = tree->width;
+  a.num_codewords = tree->num_codewords;
+  a.codes.data = tree->codes;
+  a.codes.layout = static_cast<Layout>(tree->layout);
+  a.codes.num_rows = tree->num_slots;
+  a.codes.num_subspaces = tree->num_subspaces;
+  a.codes.groups = groups_of(a.codes.layout, tree->num_subspaces);
+  a.slot_offset = tree->slot_offset;
+  a.slot_rows = tree->slot_rows;
+  a.usable = tree->usable;
+  a.store = static_cast<StoreType>(tree->store);
+  a.rows = tree->rows;
+  a.row_scale = tree->row_scale;
+  a.num_rows = tree->num_rows;
+  a.euclidean = tree->euclidean != 0;
+  a.leaves_to_search = tree->leaves_to_search;
+  a.rescore = tree->rescore;
+  a.k = tree->k;
+  a.scores = scores;
+  a.ids = ids;
+  Pool none;
+  tree_search(a, none);
+  return 0;
+}
+}

@@ -1,0 +1,127 @@
+"""The compiled tree search without JAX's dispatch: NumPy in and out, for serving loops."""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from .. import library
+from ..adc.cpu import LAYOUT_NUMBERS
+from .packed import PackedTree
+
+_POINTERS = (
+    "centroids",
+    "tiles",
+    "leaf_offset",
+    "starts",
+    "codewords",
+    "codes",
+    "slot_offset",
+    "slot_rows",
+    "usable",
+    "rows",
+    "row_scale",
+)
+_NUMBERS = (
+    "dim",
+    "num_leaves",
+    "width",
+    "num_codewords",
+    "layout",
+    "num_slots",
+    "num_subspaces",
+    "store",
+    "num_rows",
+    "euclidean",
+    "leaves_to_search",
+    "rescore",
+    "k",
+)
+_STORES = {"float32": 1, "bfloat16": 2, "int8": 3}
+
+
+class _Arguments(ctypes.Structure):
+    """`XlaKernelsTreeSearch` of csrc/tree_search_c.cc."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in _POINTERS]
+        + [(name, ctypes.c_int64) for name in _NUMBERS]
+        + [("centroid_scale", ctypes.c_double)]
+    )
+
+
+def direct_tree_search(
+    tree: PackedTree,
+    *,
+    k: int,
+    leaves_to_search: int,
+    rescore: int = 0,
+    rows: Any = None,
+    row_scale: Any = None,
+    euclidean: bool = False,
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray] | None] | None:
+    """Bind `tree_search` to its operands, once, as a function of NumPy queries.
+
+    Args:
+      tree: as of `tree_search`, of concrete arrays.
+      k: as of `tree_search`, like all other arguments.
+      leaves_to_search: leaves probed.
+      rescore: candidates scored exactly.
+      rows: rows for that.
+      row_scale: factor of int8 rows.
+      euclidean: exact scores are negated squared distances.
+
+    Returns:
+      A function from C-ordered ``float32[b, d]`` to scores and rows ``[b, k]``, on the calling
+      thread without the interpreter lock; it returns None for queries of extreme size, which are
+      for `tree_search`. None instead of the function where the kernel cannot run.
+    """
+    handle = library.load().handle
+    platforms = {device.platform for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
+    if handle is None or tree.codes.layout == "columns" or platforms != {"cpu"}:
+        return None
+    if euclidean and rows is not None and rows.dtype != np.float32:
+        return None
+    starts, slots = np.asarray(tree.starts), tree.slot_rows.shape[0]
+    m, width, codewords = tree.codewords.shape
+    if np.any(np.diff(starts) < 0) or starts[0] < 0 or starts[-1] * tree.block > slots:
+        return None
+    operands = {name: getattr(tree, name, None) for name in _POINTERS}
+    operands |= {"codes": tree.codes.data, "rows": rows, "row_scale": row_scale}
+    # Views of the device arrays; they live as long as the function.
+    held = {
+        name: np.ascontiguousarray(np.asarray(array))
+        for name, array in operands.items()
+        if array is not None and array.size
+    }
+    arguments = _Arguments(
+        dim=tree.centroids.shape[1],
+        num_leaves=tree.centroids.shape[0],
+        width=width,
+        num_codewords=codewords,
+        layout=LAYOUT_NUMBERS[tree.codes.layout],
+        num_slots=slots,
+        num_subspaces=m,
+        store=_STORES[rows.dtype.name] if rescore else 0,
+        num_rows=rows.shape[0] if rescore else np.iinfo(np.int32).max,
+        euclidean=euclidean,
+        leaves_to_search=leaves_to_search,
+        rescore=rescore,
+        k=k,
+        centroid_scale=float(tree.centroid_scale),
+        **{name: array.ctypes.data for name, array in held.items()},
+    )
+    run = handle.xla_kernels_tree_search_direct
+    run.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] + [ctypes.c_void_p] * 2
+    address = ctypes.addressof(arguments)
+
+    def find(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        b = len(queries)
+        scores, ids = np.empty((b, k), np.float32), np.empty((b, k), np.int32)
+        status = run(address, queries.ctypes.data, b, scores.ctypes.data, ids.ctypes.data)
+        return None if status else (scores, ids)
+
+    find.held = arguments, held  # type: ignore[attr-defined]
+    return find
