@@ -1,9 +1,9 @@
 """The ADC scan against FAISS's fast scan, interleaved on one core; ids are checked, JSON is written.
 
-Run it pinned, for example ``taskset -c 1 python benchmarks/bench_adc.py --out results.json``. Every
-side runs in the same process, one thread, a few calls at a time in turn; the first calls of a turn
-are not counted, so that nobody pays for the caches another side left behind. Reported are medians of
-CPU time (which other processes do not inflate) beside the wall clock.
+Run it pinned, for example ``taskset -c 1 python benchmarks/bench_adc.py --out results.json``. All
+sides run in the same process, one thread, a few calls at a time in turn; the first calls of a turn
+are not counted, so that nobody pays for the caches another side left behind. Reported are medians
+of CPU time (which other processes do not inflate) beside the wall clock.
 
 ``--simd avx2`` starts again with both sides held to AVX2. ``--dataset`` takes an HDF5 file with
 ``train`` rows for the int8 part; without it rows are random, and recall is not reported.
@@ -141,7 +141,7 @@ def adc_case(n, m, batches, k, budget, plain_xla):
 
 
 def int8_case(dataset, budget, b=1024, k=10):
-    """The flat int8 scan against exact float32 products, both with selection; recall 10@10."""
+    """Time the flat int8 scan against exact float32 products, both with selection; recall 10@10."""
     import h5py
     import jax
     import jax.numpy as jnp
