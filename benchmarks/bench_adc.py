@@ -1,4 +1,4 @@
-"""The ADC scan against FAISS's fast scan, interleaved on one core; ids are checked, JSON is written.
+"""The ADC scan against FAISS's fast scan, interleaved on one core; ids checked, JSON written.
 
 Run it pinned, for example ``taskset -c 1 python benchmarks/bench_adc.py --out results.json``. All
 sides run in the same process, one thread, a few calls at a time in turn; the first calls of a turn
@@ -237,7 +237,11 @@ def environment():
             "kind": platform.machine(),
             "simd": have["simd"],
             "faiss_compiled_for": faiss.get_compile_options().strip(),
-            "faiss_level": os.environ.get("FAISS_OPT_LEVEL", "automatic"),
+            "faiss_level": (
+                faiss.SIMDConfig.get_level_name()
+                if hasattr(faiss, "SIMDConfig")
+                else os.environ.get("FAISS_OPT_LEVEL", "automatic")
+            ),
             "cores_allowed": len(os.sched_getaffinity(0)),
             "load_average": os.getloadavg()[0],
         },
@@ -264,6 +268,10 @@ def main():
     import faiss
 
     faiss.omp_set_num_threads(1)
+    if arguments.simd and hasattr(faiss, "SIMDConfig"):
+        # Since 1.15 one FAISS library chooses at run time, and the variable no longer counts.
+        level = {"avx2": faiss.SIMDLevel_AVX2, "portable": faiss.SIMDLevel_NONE}[arguments.simd]
+        faiss.SIMDConfig.set_level(level)
     if len(os.sched_getaffinity(0)) != 1:
         print("warning: not pinned to one core; run under taskset -c", file=sys.stderr)
     report = environment() | {"adc": []}

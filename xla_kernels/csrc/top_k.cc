@@ -16,7 +16,7 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // Queries whose tables and collectors are alive at a time.
-constexpr int64_t kTile = 1024;
+constexpr int64_t kTile = 256;
 // Rows below which a second thread does not pay.
 constexpr int64_t kRowsPerShard = 16384;
 
