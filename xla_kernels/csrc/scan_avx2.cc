@@ -51,6 +51,7 @@ __attribute__((always_inline)) inline void sum_part(const uint8_t* block, int64_
   UNROLL
   for (int q = 0; q < kQueries; ++q) even[q] = odd[q] = _mm256_setzero_si256();
   for (int64_t g = from; g < to; ++g) {
+    prefetch_ahead(block + 64 * g);
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 64 * g));
     const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 64 * g + 32));
     const __m256i index[4] = {_mm256_and_si256(a, nibble),

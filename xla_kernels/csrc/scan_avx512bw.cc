@@ -47,6 +47,7 @@ inline void sum_part(const uint8_t* block, int64_t from, int64_t to, const ScanQ
   for (int q = 0; q < kQueries; ++q) even[q] = odd[q] = _mm512_setzero_si512();
   for (int64_t g = from; g < to; ++g) {
     const __m512i bytes = _mm512_loadu_si512(block + 64 * g);
+    prefetch_ahead(block + 64 * g);
     const __m512i first = _mm512_and_si512(bytes, nibble);
     const __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
     UNROLL

@@ -140,6 +140,7 @@ __attribute__((always_inline)) inline void scan_dwords(const Codes& codes, const
     UNROLL
     for (int b = 0; b < kBlocks; ++b) {
       const __m512i bytes = _mm512_loadu_si512(block[b] + 64 * g);
+      prefetch_ahead(block[b] + 64 * g);
       // (bytes & nibble) | place in one instruction
       index[2 * b] = _mm512_ternarylogic_epi32(bytes, nibble, place, 0xea);
       index[2 * b + 1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), nibble, place, 0xea);
@@ -209,6 +210,8 @@ void scan_bytes(const Codes& codes, const RowTerms& terms, int64_t i, const Scan
     for (int q = 0; q < kQueries; ++q) even[q] = odd[q] = _mm512_setzero_si512();
     for (int64_t s = part; s < stop; s += 2) {
       const __m512i first = _mm512_loadu_si512(block + 64 * s);
+      prefetch_ahead(block + 64 * s);
+      prefetch_ahead(block + 64 * s + 64);
       const bool pair = s + 1 < stop;
       const __m512i second = pair ? _mm512_loadu_si512(block + 64 * (s + 1)) : first;
       UNROLL
@@ -308,6 +311,7 @@ void dot_blocks(const ByteRows& rows, const RowTerms& terms, int64_t begin, int6
     }
     for (int64_t g = 0; g < rows.groups; ++g) {
       const __m512i bytes = _mm512_loadu_si512(block + 64 * g);
+      prefetch_ahead(block + 64 * g);
       UNROLL
       for (int q = 0; q < kQueries; ++q) {
         int32_t four;

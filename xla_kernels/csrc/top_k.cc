@@ -16,7 +16,7 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // Queries whose tables and collectors are alive at a time.
-constexpr int64_t kTile = 1024;
+constexpr int64_t kTile = 256;
 // Rows below which a second thread does not pay.
 constexpr int64_t kRowsPerShard = 16384;
 
@@ -44,6 +44,24 @@ void prefetch_row(const Codes& codes, int64_t row) {
   for (int64_t g = 0; g < codes.groups; ++g) __builtin_prefetch(block + 64 * g + at);
 }
 
+// Four rows of kLanes codes at once, 16 codewords a subspace: one row alone waits for its own sums.
+void score_four(const float* table, const Codes& codes, const int32_t* rows, float* sums) {
+  const uint8_t* at[4];
+  float sum[4] = {};
+  for (int r = 0; r < 4; ++r) at[r] = codes.block(rows[r] >> 5) + (rows[r] & 31);
+  const int64_t m = codes.num_subspaces;
+  int64_t s = 0;
+  for (; s + 2 <= m; s += 2) {
+    const float* low = table + 16 * s;
+    for (int r = 0; r < 4; ++r) {
+      const uint8_t byte = at[r][16 * s];  // half a group, 32 bytes, holds two subspaces
+      sum[r] += low[byte & 15];
+      sum[r] += low[16 + (byte >> 4)];
+    }
+  }
+  for (int r = 0; r < 4; ++r) sums[r] = s < m ? sum[r] + table[16 * s + (at[r][16 * s] & 15)] : sum[r];
+}
+
 struct Scorer final : ExactScorer {
   const float* table = nullptr;
   const TopKArguments* arguments = nullptr;
@@ -66,6 +84,11 @@ struct Scorer final : ExactScorer {
       for (int64_t j = end; j < std::min(end + kStep, count); ++j) prefetch_row(a.codes, rows[j]);
       if (vector) {
         kernels->exact_rows(entries, a.codes, rows + i, end - i, scores + i);
+        for (int64_t j = i; j < end; ++j) {
+          scores[j] = finish_score(scores[j], a.terms.gain, a.terms.offset, rows[j]);
+        }
+      } else if (end - i == kStep && a.codes.layout == Layout::kLanes && a.num_codewords == 16) {
+        for (int64_t j = i; j < end; j += 4) score_four(table, a.codes, rows + j, scores + j);
         for (int64_t j = i; j < end; ++j) {
           scores[j] = finish_score(scores[j], a.terms.gain, a.terms.offset, rows[j]);
         }

@@ -103,8 +103,8 @@ def rescore_top_k(
     Example:
       >>> import numpy as np
       >>> rows = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]], np.float32)
-      >>> query, candidates = np.array([[1.0, 1.0]], np.float32), np.array([[0, 1, 1, -1]], np.int32)
-      >>> scores, ids = rescore_top_k(query, rows, candidates, 3)
+      >>> candidates = np.array([[0, 1, 1, -1]], np.int32)
+      >>> scores, ids = rescore_top_k(np.ones((1, 2), np.float32), rows, candidates, 3)
       >>> scores.tolist(), ids.tolist()
       ([[2.0, 1.0, -inf]], [[1, 0, -1]])
     """

@@ -14,7 +14,7 @@ def dot_top_k(
     *,
     k: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Select among ``scale[i] * <query, row i>`` of int8 queries and rows: exact integers, scaled."""
+    """Select among ``scale[i] * <query, row i>`` of int8 queries and rows, exact integers."""
     # Products of bytes are exact in float32, and so are their sums below 2^24 (d <= 1040); wider
     # rows are added up in pieces as integers.
     total = jnp.zeros((queries.shape[0], rows.shape[0]), jnp.int32)

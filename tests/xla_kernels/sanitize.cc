@@ -1,0 +1,254 @@
+// Random shapes through the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer, at every
+// instruction set of this processor, against plain loops. Built by `cmake -DXLA_KERNELS_SANITIZE=ON`.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "dot.h"
+#include "encode.h"
+#include "top_k.h"
+
+using namespace xla_kernels;
+
+namespace {
+
+std::mt19937 random_bits(1);
+int64_t up_to(int64_t most) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(most + 1)); }
+
+// A pool of real threads, so that races show under ThreadSanitizer too.
+struct Threads final : Pool {
+  ~Threads() override {
+    for (auto& thread : running) thread.join();
+  }
+  int64_t num_threads() const override { return 3; }
+  void schedule(std::function<void()> task) override { running.emplace_back(std::move(task)); }
+  std::vector<std::thread> running;
+};
+
+void fail(const char* what) {
+  std::fprintf(stderr, "FAILED at %s: %s\n", kernels()->name, what);
+  std::exit(1);
+}
+
+// Heap blocks of the exact size: one byte too far is an error.
+std::vector<uint8_t> pack(const std::vector<uint8_t>& codes, Codes* view) {
+  const int64_t n = view->num_rows, m = view->num_subspaces;
+  std::vector<uint8_t> data(static_cast<size_t>(view->num_blocks() * view->groups * 64));
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t s = 0; s < m; ++s) {
+      const int64_t size = view->block_rows(), v = i % size;
+      uint8_t* block = data.data() + i / size * view->groups * 64;
+      const uint8_t code = codes[static_cast<size_t>(i * m + s)];
+      if (view->layout == Layout::kBytes) {
+        block[s * 64 + v] = code;
+      } else if (view->layout == Layout::kDwords) {
+        block[s / 4 * 64 + 4 * (v % 16) + s % 4] |= static_cast<uint8_t>(code << (v < 16 ? 0 : 4));
+      } else {
+        block[s / 4 * 64 + s / 2 % 2 * 32 + v] |= static_cast<uint8_t>(code << (s % 2 * 4));
+      }
+    }
+  }
+  view->data = data.data();
+  return data;
+}
+
+void check_top_k(Pool& pool, int64_t most_rows) {
+  TopKArguments a;
+  a.codes.layout = static_cast<Layout>(up_to(2));
+  a.codes.num_rows = up_to(3) == 0 ? up_to(most_rows) : up_to(200);
+  a.codes.num_subspaces = up_to(5) == 0 ? up_to(700) : up_to(20);
+  a.num_codewords = 1 + up_to(a.codes.layout == Layout::kBytes ? 255 : 15);
+  a.codes.groups = groups_of(a.codes.layout, a.codes.num_subspaces);
+  a.num_queries = up_to(12);
+  a.k = 1 + up_to(50);
+  a.exact = up_to(4) != 0;
+  const int64_t n = a.codes.num_rows, m = a.codes.num_subspaces, k = a.num_codewords;
+  std::vector<uint8_t> codes(static_cast<size_t>(n * m));
+  for (auto& code : codes) code = static_cast<uint8_t>(up_to(k - 1));
+  const std::vector<uint8_t> data = pack(codes, &a.codes);
+  const int64_t kind = up_to(4);
+  std::vector<float> tables(static_cast<size_t>(a.num_queries * m * k));
+  std::normal_distribution<float> normal;
+  for (auto& t : tables) {
+    t = kind == 0 ? 7.0f : kind == 1 ? static_cast<float>(up_to(100)) : normal(random_bits);
+    if (kind == 2) t *= 1e30f;
+    if (kind == 3 && up_to(200) == 0) t = up_to(1) != 0 ? NAN : INFINITY;
+  }
+  a.tables = tables.data();
+  std::vector<float> gain(static_cast<size_t>(n)), offset(static_cast<size_t>(n));
+  for (auto& g : gain) g = normal(random_bits);
+  for (auto& o : offset) o = up_to(50) == 0 ? NAN : normal(random_bits);
+  if (up_to(1) != 0 && n > 0) a.terms.gain = gain.data();
+  if (up_to(1) != 0 && n > 0) a.terms.offset = offset.data();
+  a.valid_queries = n == 0 ? 0 : up_to(2) == 0 ? a.num_queries : up_to(1);
+  std::vector<uint8_t> valid(static_cast<size_t>(a.valid_queries * n));
+  for (auto& v : valid) v = up_to(2) != 0;
+  a.valid = valid.data();
+  std::vector<float> scores(static_cast<size_t>(a.num_queries * a.k));
+  std::vector<int32_t> ids(scores.size());
+  a.scores = scores.data();
+  a.ids = ids.data();
+  top_k(a, pool);
+
+  ScoresArguments all;
+  all.tables = a.tables;
+  all.num_queries = a.num_queries;
+  all.num_codewords = k;
+  all.codes = a.codes;
+  all.terms = a.terms;
+  std::vector<float> every(static_cast<size_t>(a.num_queries * n));
+  all.scores = every.data();
+  all_scores(all, pool);
+
+  for (int64_t q = 0; q < a.num_queries; ++q) {
+    const float* table = a.tables + q * m * k;
+    bool finite = true;
+    for (int64_t i = 0; i < m * k; ++i) finite &= std::isfinite(table[i]);
+    std::vector<std::pair<float, int32_t>> want;
+    for (int64_t i = 0; i < n; ++i) {
+      float sum = 0;
+      for (int64_t s = 0; s < m; ++s) sum += table[s * k + codes[static_cast<size_t>(i * m + s)]];
+      if (a.terms.gain != nullptr) sum *= gain[static_cast<size_t>(i)];
+      if (a.terms.offset != nullptr) sum += offset[static_cast<size_t>(i)];
+      const float got = every[static_cast<size_t>(q * n + i)];
+      if (!(got == sum || (std::isnan(got) && std::isnan(sum)))) fail("a score");
+      const bool usable = a.valid_queries == 0 ||
+                          valid[static_cast<size_t>((a.valid_queries == 1 ? 0 : q) * n + i)] != 0;
+      if (usable && sum > -INFINITY) want.emplace_back(-sum, static_cast<int32_t>(i));
+    }
+    if (!finite) want.clear();
+    std::sort(want.begin(), want.end());
+    for (int64_t j = 0; j < a.k; ++j) {
+      const bool there = j < static_cast<int64_t>(want.size());
+      const int32_t id = ids[static_cast<size_t>(q * a.k + j)];
+      const float score = scores[static_cast<size_t>(q * a.k + j)];
+      if (!there && (id != -1 || score != -INFINITY)) fail("padding");
+      if (!there || !a.exact) continue;
+      if (id != want[static_cast<size_t>(j)].second) fail("an id");
+      if (score != -want[static_cast<size_t>(j)].first) fail("a best score");
+    }
+  }
+}
+
+void check_dot(Pool& pool) {
+  DotArguments a;
+  const int64_t n = up_to(4) == 0 ? up_to(40000) : up_to(100);
+  a.width = up_to(40);
+  a.num_queries = up_to(12);
+  a.k = 1 + up_to(20);
+  a.rows.num_rows = n;
+  a.rows.groups = (a.width + 3) / 4;
+  std::vector<int8_t> rows(static_cast<size_t>(n * a.width)), queries(static_cast<size_t>(a.num_queries * a.width));
+  for (auto& x : rows) x = static_cast<int8_t>(random_bits());
+  for (auto& x : queries) x = static_cast<int8_t>(random_bits());
+  std::vector<uint8_t> data(static_cast<size_t>(a.rows.num_blocks() * a.rows.groups * 64), 128);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t t = 0; t < a.width; ++t) {
+      data[static_cast<size_t>((i / 16 * a.rows.groups + t / 4) * 64 + 4 * (i % 16) + t % 4)] =
+          static_cast<uint8_t>(rows[static_cast<size_t>(i * a.width + t)] + 128);
+    }
+  }
+  a.rows.data = data.data();
+  a.queries = queries.data();
+  std::vector<float> scores(static_cast<size_t>(a.num_queries * a.k));
+  std::vector<int32_t> ids(scores.size());
+  a.scores = scores.data();
+  a.ids = ids.data();
+  dot_top_k(a, pool);
+  for (int64_t q = 0; q < a.num_queries; ++q) {
+    std::vector<std::pair<int32_t, int32_t>> want;
+    for (int64_t i = 0; i < n; ++i) {
+      int32_t sum = 0;
+      for (int64_t t = 0; t < a.width; ++t) {
+        sum += rows[static_cast<size_t>(i * a.width + t)] * queries[static_cast<size_t>(q * a.width + t)];
+      }
+      want.emplace_back(-sum, static_cast<int32_t>(i));
+    }
+    std::sort(want.begin(), want.end());
+    for (int64_t j = 0; j < a.k; ++j) {
+      const int32_t id = ids[static_cast<size_t>(q * a.k + j)];
+      if (id != (j < n ? want[static_cast<size_t>(j)].second : -1)) fail("an int8 id");
+    }
+  }
+}
+
+void check_rescore_and_encode(Pool& pool) {
+  RescoreArguments r;
+  r.num_queries = up_to(5);
+  r.width = up_to(40);
+  r.num_rows = up_to(60);
+  r.num_candidates = up_to(30);
+  r.k = 1 + up_to(40);
+  r.type = static_cast<RowType>(up_to(2));
+  const int64_t item = r.type == RowType::kFloat32 ? 4 : r.type == RowType::kBfloat16 ? 2 : 1;
+  std::vector<float> queries(static_cast<size_t>(r.num_queries * r.width), 1.0f);
+  std::vector<float> storage(static_cast<size_t>((r.num_rows * r.width * item + 3) / 4));
+  std::vector<int32_t> wanted(static_cast<size_t>(r.num_queries * r.num_candidates));
+  for (auto& id : wanted) id = static_cast<int32_t>(up_to(80)) - 10;
+  std::vector<float> scores(static_cast<size_t>(r.num_queries * r.k));
+  std::vector<int32_t> ids(scores.size());
+  r.queries = queries.data();
+  r.rows = storage.data();
+  r.candidates = wanted.data();
+  r.scores = scores.data();
+  r.ids = ids.data();
+  rescore_top_k(r, pool);
+  for (int32_t id : ids) {
+    if (id < -1 || id >= r.num_rows) fail("a rescored id");
+  }
+
+  EncodeArguments e;
+  e.n = up_to(70);
+  e.m = up_to(6);
+  e.k = 1 + up_to(255);
+  e.s = up_to(4);
+  e.max_sweeps = up_to(5);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(static_cast<size_t>(e.n * e.m * e.s)), u(x.size()), words(static_cast<size_t>(e.m * e.k * e.s));
+  std::vector<float> ones(static_cast<size_t>(e.n), 1.0f);
+  for (auto* values : {&x, &u, &words}) {
+    for (auto& value : *values) value = normal(random_bits);
+  }
+  if (!x.empty() && up_to(5) == 0) x[0] = NAN;
+  std::vector<uint8_t> codes(static_cast<size_t>(e.n * e.m), 255);
+  e.rows = x.data();
+  e.directions = u.data();
+  e.orthogonal = e.weight = ones.data();
+  e.codewords = words.data();
+  e.codes = codes.data();
+  encode(e, pool);
+  for (uint8_t code : codes) {
+    if (code >= e.k) fail("a code");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 150;
+  for (const char* level : {"avx512vbmi", "avx512bw", "avx2", "neon", "portable"}) {
+    if (!set_level(level)) {
+      std::printf("%s: %s\n", level, level_reason(level));
+      continue;
+    }
+    for (int i = 0; i < rounds; ++i) {
+      Pool none;
+      check_top_k(none, 20000);
+      check_dot(none);
+      check_rescore_and_encode(none);
+      if (i % 5 == 0) {
+        Threads threads;
+        check_top_k(threads, 90000);
+        check_dot(threads);
+      }
+    }
+    std::printf("%s: %d rounds\n", level, rounds);
+  }
+  return 0;
+}
