@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint clean help
+.PHONY: demo test test-full lint sanitize readme clean help
 
 help:
 	@echo "make demo       learn, index and search real word vectors (about 3 minutes)"
 	@echo "make test       lint, types and the test suite (about 6 minutes on two cores)"
 	@echo "make test-full  the longer tests"
 	@echo "make lint       lint and types alone"
+	@echo "make sanitize   random shapes through the C++ core under ASan and UBSan"
+	@echo "make readme     write the README's tables from benchmarks/results"
 	@echo "make clean      remove the environment and caches"
 
 $(BIN)/python:
@@ -37,6 +39,15 @@ test: lint
 
 test-full: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m full --durations 10
+
+sanitize: $(VENV)/.test
+	cmake -S xla_kernels/csrc -B build/sanitize -DXLA_KERNELS_SANITIZE=ON \
+		-DPython3_EXECUTABLE=$(abspath $(BIN)/python)
+	cmake --build build/sanitize --target xla_kernels_check --parallel 2
+	build/sanitize/xla_kernels_check
+
+readme:
+	$(PYTHON) benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -14,9 +14,9 @@ from .rescore.layout import PackedRows as PackedRows
 from .rescore.layout import pack_rows as pack_rows
 from .tree_search.api import Implementation as Implementation
 from .tree_search.api import tree_search as tree_search
+from .tree_search.direct import direct_tree_search as direct_tree_search
 from .tree_search.packed import PackedTree as PackedTree
 from .tree_search.packed import pack_tree as pack_tree
 from .tree_search.packed import slots_per_block as slots_per_block
 from .tree_search.xla import best_rows as best_rows
 from .tree_search.xla import row_scores as row_scores
-from .tree_search.direct import direct_tree_search as direct_tree_search

@@ -166,7 +166,7 @@ def _second(
 def _assign_second(x: Array, first: Array, centroids: Array, soar_lambda: Array) -> Array:
     blocks = _in_steps(x), jnp.pad(first, (0, -x.shape[0] % _ROWS_PER_STEP))
     blocks = blocks[0], blocks[1].reshape(-1, _ROWS_PER_STEP)
-    leaves = jax.lax.map(lambda z: _second(*z, centroids, soar_lambda), blocks)
+    leaves = jax.lax.map(lambda z: _second(z[0], z[1], centroids, soar_lambda), blocks)
     return leaves.reshape(-1)[: x.shape[0]]
 
 
