@@ -1,0 +1,261 @@
+"""Tree search: the compiled kernel against plain XLA, at every instruction set."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xla_kernels import (
+    direct_tree_search,
+    library,
+    pack_tree,
+    slots_per_block,
+    tree_search,
+)
+
+compiled = pytest.mark.usefixtures("compiled")
+
+
+def make(seed=0, *, leaves=7, n=900, d=10, m=5, k=16, offsets=False, integers=False):
+    rng = np.random.default_rng(seed)
+    draw = (lambda *s: rng.integers(-3, 4, s)) if integers else rng.standard_normal
+    centroids = np.asarray(draw(leaves, d), np.float32)
+    leaf = rng.integers(0, leaves, n)
+    rows = np.asarray(centroids[leaf] + draw(n, d), np.float32)
+    size = slots_per_block(k)
+    order, count = np.argsort(leaf, kind="stable"), np.bincount(leaf, minlength=leaves)
+    starts = np.concatenate([[0], np.cumsum(-(-count // size))]).astype(np.int32)
+    slots = np.full(starts[-1] * size, -1, np.int32)
+    slots[np.arange(n) + np.repeat(starts[:-1] * size - (np.cumsum(count) - count), count)] = order
+    tree = pack_tree(
+        centroids,
+        starts,
+        slots,
+        np.asarray(draw(m, k, -(-d // m)), np.float32),
+        rng.integers(0, k, (len(slots), m)).astype(np.uint8),
+        leaf_offset=np.asarray(draw(leaves), np.float32) if offsets else None,
+        slot_offset=np.asarray(draw(len(slots)), np.float32) if offsets else None,
+    )
+    queries = np.asarray(draw(13, d), np.float32)
+    return tree, jnp.asarray(rows), jnp.asarray(queries)
+
+
+def assert_close(found, wanted, *, share=1.0):
+    same = np.asarray(found[1]) == np.asarray(wanted[1])
+    assert same.mean() >= share
+    np.testing.assert_allclose(
+        np.asarray(found[0])[same], np.asarray(wanted[0])[same], rtol=2e-5, atol=2e-5
+    )
+
+
+SHAPES = [
+    {},
+    {"leaves": 40, "n": 3000, "d": 33, "m": 11},
+    {"leaves": 3, "n": 700, "d": 8, "m": 8, "k": 4},
+    {"leaves": 5, "n": 1000, "d": 16, "m": 4, "k": 256},
+    {"leaves": 1, "n": 90, "d": 5, "m": 5, "k": 7},
+    {"offsets": True},
+]
+
+
+@compiled
+class TestAgainstXla:
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("probed", [1, 100])
+    def test_estimates(self, shape, probed):
+        tree, _, queries = make(**shape)
+        options = {"k": 6, "leaves_to_search": probed}
+        wanted = tree_search(tree, queries, implementation="xla", **options)
+        found = tree_search(tree, queries, implementation="cpu", **options)
+        # Tables rounded to bytes choose what is ranked exactly.
+        assert_close(found, wanted, share=0.95)
+
+    @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+    def test_rescored(self, shape):
+        tree, rows, queries = make(**shape)
+        options = {"k": 5, "leaves_to_search": 3, "rescore": 200, "rows": rows}
+        wanted = tree_search(tree, queries, implementation="xla", **options)
+        found = tree_search(tree, queries, implementation="cpu", **options)
+        assert_close(found, wanted, share=0.97)
+
+    def test_every_level_gives_the_same_bits(self, simd):
+        def search(level):
+            library.set_simd_level(level)
+            # Codes are packed for the level.
+            tree, rows, queries = make(3, leaves=12, n=1500, d=21, m=7)
+            options = {"k": 5, "leaves_to_search": 5, "rescore": 40, "rows": rows}
+            return [np.asarray(a) for a in tree_search(tree, queries, **options)]
+
+        wanted, found = search("portable"), search(simd)
+        # A table of 7 or of 8 bits may choose another last candidate.
+        same = found[1] == wanted[1]
+        assert same.mean() > 0.98
+        np.testing.assert_array_equal(found[0][same], wanted[0][same])
+
+    @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+    def test_stores(self, kind):
+        tree, rows, queries = make()
+        scale = None
+        if kind == "int8":
+            scale = jnp.max(jnp.abs(rows), axis=1) / 127
+            rows = jnp.round(rows / scale[:, None]).astype(jnp.int8)
+        rows = rows.astype(kind)
+        options = {"k": 5, "leaves_to_search": 7, "rescore": 300, "rows": rows}
+        options["row_scale"] = scale
+        wanted = tree_search(tree, queries, implementation="xla", **options)
+        found = tree_search(tree, queries, implementation="cpu", **options)
+        assert_close(found, wanted, share=0.97)
+
+    def test_euclidean(self):
+        tree, rows, queries = make(offsets=True)
+        options = {"k": 5, "leaves_to_search": 7, "rescore": 900, "rows": rows, "euclidean": True}
+        distance = np.sum((np.asarray(queries)[:, None] - np.asarray(rows)[None]) ** 2, axis=-1)
+        scores, ids = tree_search(tree, queries, implementation="cpu", **options)
+        np.testing.assert_array_equal(ids, np.argsort(distance, axis=1, kind="stable")[:, :5])
+        np.testing.assert_allclose(-scores, np.sort(distance, axis=1)[:, :5], rtol=1e-5)
+
+
+@pytest.fixture(params=["xla", "cpu"])
+def implementation(request):
+    if request.param == "cpu":
+        request.getfixturevalue("compiled")
+    return request.param
+
+
+class TestAnswer:
+    def test_everything_rescored_is_exact_and_ties_go_to_the_lowest_row(self, implementation):
+        tree, rows, queries = make(integers=True)
+        scores = np.asarray(queries) @ np.asarray(rows).T
+        found = tree_search(
+            tree,
+            queries,
+            k=20,
+            leaves_to_search=7,
+            rescore=900,
+            rows=rows,
+            implementation=implementation,
+        )
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :20]
+        np.testing.assert_array_equal(found[1], order)
+        np.testing.assert_array_equal(found[0], np.take_along_axis(scores, order, axis=1))
+
+    def test_masks_padding_and_queries_that_are_not_finite(self, implementation):
+        tree, _, queries = make()
+        usable = np.zeros((1, len(tree.slot_rows)), bool)
+        usable[0, np.flatnonzero(np.asarray(tree.slot_rows) >= 0)[:3]] = True
+        queries = queries.at[2, 1].set(jnp.nan).at[5, 0].set(jnp.inf)
+        options = {"k": 5, "leaves_to_search": 7, "implementation": implementation}
+        scores, ids = (np.asarray(a) for a in tree_search(tree, queries, usable=usable, **options))
+        allowed = set(np.asarray(tree.slot_rows)[usable[0]].tolist())
+        for i in range(len(ids)):
+            if i in (2, 5):
+                assert (ids[i] == -1).all()
+                assert (scores[i] == -np.inf).all()
+            else:
+                assert set(ids[i, :3].tolist()) == allowed
+                assert (ids[i, 3:] == -1).all()
+        clean = tree_search(tree, queries.at[2].set(1.0).at[5].set(1.0), usable=usable, **options)
+        others = [i for i in range(len(ids)) if i not in (2, 5)]
+        np.testing.assert_array_equal(np.asarray(clean[0])[others], scores[others])
+
+    def test_batches_change_nothing(self, implementation):
+        tree, rows, queries = make(leaves=20, n=2000)
+        options = {"k": 5, "leaves_to_search": 6, "rescore": 30, "rows": rows}
+        options["implementation"] = implementation
+        whole = tree_search(tree, queries, **options)
+        single = [tree_search(tree, q[None], **options) for q in queries]
+        for i, part in enumerate(("scores", "ids")):
+            np.testing.assert_array_equal(whole[i], np.concatenate([s[i] for s in single]), part)
+        mapped = jax.vmap(lambda q: tree_search(tree, q[None], **options))(queries)
+        np.testing.assert_array_equal(mapped[1][:, 0], whole[1])
+
+    def test_gradients(self, implementation):
+        tree, rows, queries = make(d=6, m=3)
+
+        def total(q, rows):
+            found = tree_search(
+                tree,
+                q,
+                k=3,
+                leaves_to_search=7,
+                rescore=50,
+                rows=rows,
+                implementation=implementation,
+            )
+            return found[0].sum()
+
+        ids = tree_search(tree, queries, k=3, leaves_to_search=7, rescore=50, rows=rows)[1]
+        by_query, by_row = jax.grad(total, argnums=(0, 1))(queries, rows)
+        np.testing.assert_allclose(by_query, rows[ids].sum(axis=1), rtol=1e-5)
+        expected = np.zeros(rows.shape, np.float32)
+        np.add.at(expected, np.asarray(ids), np.asarray(queries)[:, None, :])
+        np.testing.assert_allclose(by_row, expected, rtol=1e-5, atol=1e-6)
+
+
+@compiled
+class TestDirect:
+    def test_equals_the_call_through_xla(self):
+        tree, rows, queries = make(leaves=20, n=2000)
+        options = {"k": 5, "leaves_to_search": 6, "rescore": 30, "rows": rows}
+        wanted = tree_search(tree, queries, implementation="cpu", **options)
+        found = direct_tree_search(tree, **options)(np.asarray(queries))
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    @pytest.mark.parametrize("size", [1e-30, 1e30])
+    def test_leaves_extreme_queries_to_others(self, size):
+        tree, _, queries = make()
+        find = direct_tree_search(tree, k=2, leaves_to_search=2)
+        assert find(np.asarray(queries) * np.float32(size)) is None
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"starts": jnp.array([0, 2, 1, 3, 4, 5, 6, 7], jnp.int32)}, "starts must rise"),
+        ({"centroid_scale": jnp.zeros(2)}, "centroid_scale must have shape"),
+        ({"slot_rows": jnp.zeros(31, jnp.int32)}, "must"),
+        ({"usable": jnp.zeros((2, 5), bool)}, "usable must be"),
+        ({"tiles": jnp.zeros((1, 1, 16, 2), jnp.int16)}, "tiles must have shape"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_bad_operands_are_an_error_status(change, message):
+    tree, _, queries = make()
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=message):
+        jax.block_until_ready(
+            tree_search(
+                tree._replace(**change), queries, k=2, leaves_to_search=2, implementation="cpu"
+            )
+        )
+
+
+@compiled
+def test_a_row_beyond_the_store_is_never_read():
+    tree, rows, queries = make()
+    wrong = tree._replace(slot_rows=jnp.where(tree.slot_rows >= 0, 10**9, -1))
+    ids = tree_search(
+        wrong,
+        queries,
+        k=3,
+        leaves_to_search=7,
+        rescore=40,
+        rows=rows,
+        implementation="cpu",
+    )[1]
+    assert (ids == -1).all()
+
+
+def test_bad_arguments():
+    tree, rows, queries = make()
+    with pytest.raises(ValueError, match="k and leaves_to_search must be at least 1"):
+        tree_search(tree, queries, k=0, leaves_to_search=1)
+    with pytest.raises(ValueError, match="rescore must be 0, or at least k = 5"):
+        tree_search(tree, queries, k=5, leaves_to_search=1, rescore=3, rows=rows)
+    with pytest.raises(ValueError, match="implementation must be"):
+        tree_search(tree, queries, k=5, leaves_to_search=1, implementation="fast")
+    with pytest.raises(ValueError, match="codes must be"):
+        pack_tree(
+            np.zeros((1, 2)), [0, 1], np.zeros(32), np.zeros((2, 16, 1)), np.zeros((3, 2), np.uint8)
+        )
