@@ -130,7 +130,7 @@ def adc_case(n, m, batches, k, budget, plain_xla):
             "scores_equal_numpy_adc": exact_scores,
             "faiss_overlap_with_numpy_adc": round(overlap, 4),
             "rounded_overlap_with_numpy_adc": round(rounded_overlap, 4),
-            # 64 look-ups a cycle; only the VBMI form can reach it.
+            # One 64-byte shuffle a cycle (Zen 4, Ice Lake); processors with two can pass it.
             "shuffle_bound_ns_at_3.4_GHz": round(-(-m // 4) * 4 / 64 / 3.4, 4),
         }
         bound = row["shuffle_bound_ns_at_3.4_GHz"]

@@ -163,6 +163,7 @@ class Suite:
     random_shapes = 3  # each shape is a compilation
 
 
+@pytest.mark.full
 class TestReference(Suite):
     def top_k(self, tables, codes, k, **terms):
         return adc_top_k(tables, codes, k, implementation="reference", **terms)
