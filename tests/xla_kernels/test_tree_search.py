@@ -18,7 +18,7 @@ compiled = pytest.mark.usefixtures("compiled")
 
 def make(seed=0, *, leaves=7, n=900, d=10, m=5, k=16, offsets=False, integers=False):
     rng = np.random.default_rng(seed)
-    draw = (lambda *s: rng.integers(-3, 4, s)) if integers else rng.standard_normal
+    draw = (lambda *s: rng.integers(-3, 4, s)) if integers else (lambda *s: rng.standard_normal(s))
     centroids = np.asarray(draw(leaves, d), np.float32)
     leaf = rng.integers(0, leaves, n)
     rows = np.asarray(centroids[leaf] + draw(n, d), np.float32)
