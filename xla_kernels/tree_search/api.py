@@ -74,6 +74,9 @@ def tree_search(
     if rescore and (rescore < k or rows is None):
         raise ValueError(f"rescore must be 0, or at least k = {k} and with rows; got {rescore}")
     queries = jnp.asarray(queries, jnp.float32)
+    rows, row_scale, usable = (
+        None if a is None else jnp.asarray(a) for a in (rows, row_scale, usable)
+    )
     run = _choose(tree, implementation, rows, euclidean)
     operands = (tree, queries, rows, row_scale)
     options = {
