@@ -13,6 +13,7 @@
 #include "dot.h"
 #include "encode.h"
 #include "top_k.h"
+#include "tree_search.h"
 
 using namespace xla_kernels;
 
@@ -228,6 +229,96 @@ void check_rescore_and_encode(Pool& pool) {
   }
 }
 
+// Every leaf probed and every slot rescored is exact search, whatever the codes say.
+void check_tree_search(Pool& pool) {
+  const int64_t dim = 1 + up_to(40), leaves = 1 + up_to(20), n = up_to(600), b = up_to(20);
+  const int64_t m = 1 + up_to(dim - 1), width = (dim + m - 1) / m, k = 1 + up_to(12);
+  const int64_t num_codewords = up_to(3) == 0 ? 2 + up_to(254) : 1 + up_to(15);
+  std::uniform_real_distribution<float> draw(-1, 1);
+  auto floats = [&](int64_t count) {
+    std::vector<float> v(static_cast<size_t>(count));
+    for (float& x : v) x = draw(random_bits);
+    return v;
+  };
+  TreeSearchArguments a;
+  const bool dwords = kernels() == avx512vbmi_kernels();
+  a.codes.layout = num_codewords > 16 ? Layout::kBytes : dwords ? Layout::kDwords : Layout::kLanes;
+  a.codes.num_subspaces = m;
+  a.codes.groups = groups_of(a.codes.layout, m);
+  const int64_t size = a.codes.block_rows();
+  std::vector<int32_t> leaf(static_cast<size_t>(n)), starts(1, 0), slot_rows;
+  for (int32_t& l : leaf) l = static_cast<int32_t>(up_to(leaves - 1));
+  for (int64_t l = 0; l < leaves; ++l) {
+    for (int64_t i = 0; i < n; ++i) {
+      if (leaf[static_cast<size_t>(i)] == l) slot_rows.push_back(static_cast<int32_t>(i));
+    }
+    while (slot_rows.size() % static_cast<size_t>(size) != 0) slot_rows.push_back(-1);
+    starts.push_back(static_cast<int32_t>(slot_rows.size() / static_cast<size_t>(size)));
+  }
+  const auto slots = static_cast<int64_t>(slot_rows.size());
+  a.codes.num_rows = slots;
+  std::vector<uint8_t> codes(static_cast<size_t>(slots * m)), usable;
+  for (uint8_t& code : codes) code = static_cast<uint8_t>(up_to(num_codewords - 1));
+  for (const int32_t row : slot_rows) usable.push_back(row >= 0);
+  const std::vector<uint8_t> packed = pack(codes, &a.codes);
+  const int64_t tiles = (leaves + 15) / 16, pairs = (dim + 1) / 2;
+  std::vector<int16_t> tile(static_cast<size_t>(tiles * pairs * 32));
+  for (int16_t& x : tile) x = static_cast<int16_t>(up_to(8000) - 4000);
+  const auto queries = floats(b * dim), centroids = floats(leaves * dim), rows = floats(n * dim);
+  const auto words = floats(m * width * num_codewords);
+  const auto leaf_offset = floats(leaves), slot_offset = floats(slots);
+  std::vector<float> scores(static_cast<size_t>(b * k));
+  std::vector<int32_t> ids(static_cast<size_t>(b * k));
+  a.queries = queries.data();
+  a.num_queries = b;
+  a.dim = dim;
+  a.centroids = centroids.data();
+  a.tiles = tile.data();
+  a.centroid_scale = 4000;
+  if (up_to(1) == 0) a.leaf_offset = leaf_offset.data();
+  if (up_to(1) == 0) a.slot_offset = slot_offset.data();
+  a.starts = starts.data();
+  a.num_leaves = leaves;
+  a.codewords = words.data();
+  a.width = width;
+  a.num_codewords = num_codewords;
+  a.slot_rows = slot_rows.data();
+  a.usable = usable.data();
+  a.rows = rows.data();
+  a.num_rows = n;
+  a.euclidean = up_to(1) == 0;
+  a.k = k;
+  a.scores = scores.data();
+  a.ids = ids.data();
+  const bool all = up_to(1) == 0 && n > 0;
+  a.leaves_to_search = all ? leaves : 1 + up_to(leaves - 1);
+  a.rescore = all ? std::max(k, slots) : up_to(1) == 0 || n == 0 ? 0 : k + up_to(60);
+  a.store = a.rescore > 0 ? StoreType::kFloat32 : StoreType::kNone;
+  if (a.rescore == 0) a.num_rows = INT32_MAX;
+  tree_search(a, pool);
+  for (int64_t q = 0; q < b; ++q) {
+    std::vector<float> exact;
+    for (int64_t i = 0; i < n; ++i) {
+      float sum = 0;
+      for (int64_t j = 0; j < dim; ++j) {
+        const float x = rows[static_cast<size_t>(i * dim + j)];
+        const float y = queries[static_cast<size_t>(q * dim + j)];
+        sum += a.euclidean ? -(x - y) * (x - y) : x * y;
+      }
+      exact.push_back(sum);
+    }
+    std::sort(exact.begin(), exact.end(), std::greater<float>());
+    for (int64_t j = 0; j < k; ++j) {
+      const int32_t id = ids[static_cast<size_t>(q * k + j)];
+      if (id < -1 || id >= n) fail("tree search: id out of range");
+      const float score = scores[static_cast<size_t>(q * k + j)];
+      if (all && j < n && !(std::fabs(score - exact[static_cast<size_t>(j)]) < 1e-4f)) {
+        fail("tree search: not exact");
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -242,10 +333,12 @@ int main(int argc, char** argv) {
       check_top_k(none, 20000);
       check_dot(none);
       check_rescore_and_encode(none);
+      check_tree_search(none);
       if (i % 5 == 0) {
         Threads threads;
         check_top_k(threads, 90000);
         check_dot(threads);
+        check_tree_search(threads);
       }
     }
     std::printf("%s: %d rounds\n", level, rounds);

@@ -1,0 +1,233 @@
+"""Recall and speed of the engine beside ScaNN, FAISS and hnswlib, in one run.
+
+All sides run on the processors of this process, so pin it to one:
+
+    taskset -c 1 python benchmarks/bench_search.py --dataset glove6b-100.hdf5
+
+Sides take turns at every setting, several rounds; figures are medians over rounds. "single" asks
+one query after another from Python, NumPy in and out; "batch" asks all at once.
+"""
+
+import itertools
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import record
+
+import avq_jax
+from avq_jax.evaluation import read_hdf5
+
+
+def unit(x):
+    return np.ascontiguousarray(x / np.linalg.norm(x, axis=1, keepdims=True), np.float32)
+
+
+def avq_sides(x, leaves, m):
+    """Ours: the host handle, and search inside one jit."""
+    begin = time.process_time()
+    index = avq_jax.build(
+        jax.random.key(0), x, num_leaves=leaves, num_subspaces=m, soar_lambda=1.5, progress=False
+    )
+    built = time.process_time() - begin
+    settings = [(4, 50), (6, 60), (8, 70), (11, 80), (15, 90), (20, 100), (27, 110), (36, 130)]
+    settings += [(48, 160), (64, 200), (85, 230), (110, 260), (150, 300)]
+
+    def handle(setting):
+        find = avq_jax.searcher(index, k=10, leaves_to_search=setting[0], rescore=setting[1])
+        return lambda q: find(q).ids, lambda q: find(q).ids
+
+    def in_jit(setting):
+        a, r = setting
+
+        @jax.jit
+        def many(index, queries):
+            def one(q):
+                return avq_jax.search(index, q, k=10, leaves_to_search=a, rescore=r).ids
+
+            return jax.lax.map(one, queries)
+
+        return None, lambda q: np.asarray(many(index, q))
+
+    sides = {
+        "avq_jax": (handle, settings, built, index.num_bytes),
+        "avq_jax, lax.map in jit": (in_jit, settings, built, index.num_bytes),
+    }
+    return index, sides
+
+
+def scann_side(x, leaves):
+    import scann
+
+    begin = time.process_time()
+    searcher = (
+        scann.scann_ops_pybind.builder(x, 10, "dot_product")
+        .tree(
+            num_leaves=leaves,
+            num_leaves_to_search=10,
+            training_sample_size=len(x),
+            spherical=True,
+            quantize_centroids=True,
+            avq=2.5,
+            soar_lambda=1.5,
+            overretrieve_factor=2.0,
+        )
+        .score_ah(2, anisotropic_quantization_threshold=0.2)
+        .reorder(100)
+        .build()
+    )
+    searcher.set_num_threads(1)
+    built = time.process_time() - begin
+    settings = [(3, 50), (5, 60), (8, 70), (12, 80), (18, 100), (26, 110), (35, 130), (55, 200)]
+    settings += [(80, 250)]
+
+    def at(setting):
+        a, r = setting
+        options = {
+            "final_num_neighbors": 10,
+            "leaves_to_search": a,
+            "pre_reorder_num_neighbors": r,
+        }
+        return (
+            lambda q: searcher.search(q, **options)[0],
+            lambda q: searcher.search_batched(q, **options)[0],
+        )
+
+    return {"ScaNN": (at, settings, built, None)}
+
+
+def faiss_side(x, m):
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    begin = time.process_time()
+    base = faiss.index_factory(x.shape[1], f"IVF1024,PQ{m}x4fsr", faiss.METRIC_INNER_PRODUCT)
+    base.train(x[:100_000])
+    base.add(x)
+    index = faiss.IndexRefineFlat(base, faiss.swig_ptr(x))
+    built = time.process_time() - begin
+    settings = [(8, 6), (16, 8), (24, 10), (40, 12), (64, 16), (100, 20), (160, 30)]
+
+    def at(setting):
+        probe, factor = setting
+
+        def find(q):
+            base.nprobe, index.k_factor = probe, factor
+            return index.search(q.reshape(-1, x.shape[1]), 10)[1]
+
+        return lambda q: find(q)[0], find
+
+    return {"FAISS IVF1024,PQfs + refine": (at, settings, built, None)}
+
+
+def hnsw_side(x):
+    import hnswlib
+
+    begin = time.process_time()
+    index = hnswlib.Index("ip", x.shape[1])
+    index.init_index(len(x), M=16, ef_construction=200)
+    index.set_num_threads(1)
+    index.add_items(x)
+    built = time.process_time() - begin
+
+    def at(ef):
+        def find(q):
+            index.set_ef(ef)
+            return index.knn_query(q, 10, num_threads=1)[0]
+
+        return lambda q: find(q)[0], find
+
+    return {"hnswlib M16": (at, [20, 40, 80, 160, 320, 640], built, None)}
+
+
+def measure(sides, queries, truth, rounds, few):
+    """Interleaved timings of every setting of every side, and their recalls."""
+    points = []
+    for name, (at, settings, _, _) in sides.items():
+        for setting in settings:
+            single, batch = at(setting)
+            ids = np.asarray(batch(queries))
+            if single is not None:
+                single(queries[0])
+            point = {"side": name, "setting": setting, "single": [], "batch": []}
+            point["recall"] = float(avq_jax.recall_k_at_k(ids, truth, k=10))
+            points.append((point, single, batch))
+    for _ in range(rounds):
+        for point, single, batch in points:
+            if single is not None:
+                begin = time.perf_counter()
+                for q in few:
+                    single(q)
+                point["single"].append((time.perf_counter() - begin) / len(few))
+            begin = time.perf_counter()
+            batch(queries)
+            point["batch"].append((time.perf_counter() - begin) / len(queries))
+    for point, _, _ in points:
+        for kind in ("single", "batch"):
+            times = point.pop(kind)
+            point[f"{kind}_us"] = 1e6 * statistics.median(times) if times else None
+        print(point, flush=True)
+    return [point for point, _, _ in points]
+
+
+def at_recall(points, side, kind, target):
+    """Time at a recall, on the line between the settings around it."""
+    curve = sorted((p["recall"], p[kind]) for p in points if p["side"] == side and p[kind])
+    for (r0, t0), (r1, t1) in itertools.pairwise(curve):
+        if r0 <= target <= r1:
+            return t0 + (t1 - t0) * (target - r0) / (r1 - r0) if r1 > r0 else t1
+    return None
+
+
+def main(argv=None):
+    parser = record.arguments(__doc__.splitlines()[0], rounds=5, leaves=1000, sides="scann,faiss")
+    args = parser.parse_args(argv)
+    data = read_hdf5(args.dataset)
+    x, queries = unit(data.train), unit(data.test)
+    truth = np.asarray(data.neighbors)[:, :10]
+    d = x.shape[1]
+    wanted = set(args.sides.split(","))
+    index, sides = avq_sides(x, args.leaves, d // 2 if d <= 128 else d // 4)
+    print(index, flush=True)
+    if "scann" in wanted:
+        sides |= scann_side(x, args.leaves)
+    if "faiss" in wanted:
+        sides |= faiss_side(x, d // 2)
+    if "hnswlib" in wanted:
+        sides |= hnsw_side(x)
+    for name, (_, _, built, _) in sides.items():
+        print(f"{name}: built in {built:.1f} CPU s", flush=True)
+    jnp.zeros(1).block_until_ready()
+    points = measure(sides, queries, truth, args.rounds, queries[:1000])
+    targets = {}
+    for target in (0.8, 0.9, 0.95, 0.99):
+        for kind in ("single_us", "batch_us"):
+            targets[f"{kind} at {target}"] = {
+                name: at_recall(points, name, kind, target) for name in sides
+            }
+    record.write(
+        f"search_{data.name}",
+        {
+            "benchmark": "search",
+            "dataset": data.name,
+            "rows": len(x),
+            "queries": len(queries),
+            "environment": record.environment("scann", "faiss-cpu", "hnswlib"),
+            "build_cpu_s": {name: side[2] for name, side in sides.items()},
+            "bytes": {name: side[3] for name, side in sides.items()},
+            "at_recall": targets,
+            "points": points,
+        },
+        args.output,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
