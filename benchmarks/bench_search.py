@@ -34,11 +34,17 @@ def avq_sides(x, leaves, m):
     """Ours: the host handle, and search inside one jit."""
     begin = time.process_time()
     index = avq_jax.build(
-        jax.random.key(0), x, num_leaves=leaves, num_subspaces=m, soar_lambda=1.5, progress=False
+        jax.random.key(0),
+        x,
+        num_leaves=leaves,
+        num_subspaces=m,
+        soar_lambda=1.0,
+        sample_size=150_000,
+        progress=False,
     )
     built = time.process_time() - begin
-    settings = [(4, 50), (6, 60), (8, 70), (11, 80), (15, 90), (20, 100), (27, 110), (36, 130)]
-    settings += [(48, 160), (64, 200), (85, 230), (110, 260), (150, 300)]
+    settings = [(3, 40), (4, 50), (5, 60), (8, 70), (11, 75), (14, 80), (20, 90), (27, 110)]
+    settings += [(36, 130), (48, 160), (64, 200), (85, 230), (110, 260)]
 
     def handle(setting):
         find = avq_jax.searcher(index, k=10, leaves_to_search=setting[0], rescore=setting[1])

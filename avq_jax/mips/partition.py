@@ -9,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from avq_jax.loss import Scaling
 from avq_jax.progress import steps
+from avq_jax.quantization.rows import Rows, in_blocks
+from avq_jax.quantization.update import solve
 
 __all__ = [
     "Layout",
+    "anisotropic_centroids",
     "check_slots",
     "lay_out",
     "nearest_centroids",
@@ -107,6 +111,40 @@ def train_centroids(
             break
         previous = loss
     return centroids
+
+
+@jax.jit
+def _anisotropic(x: Array, leaves: Array, centroids: Array, eta: Array) -> Array:
+    n = x.shape[0]
+    ones = jnp.ones(n, jnp.float32)
+    blocks = in_blocks(Rows(x, Scaling(eta * ones, ones)), _ROWS_PER_STEP)
+    codes = jnp.pad(leaves, (0, -n % _ROWS_PER_STEP)).reshape(-1, 1, _ROWS_PER_STEP)
+    return solve(centroids[None], codes, blocks, solver="cg").codewords[0]
+
+
+def anisotropic_centroids(
+    x: Float[Array, "n d"],
+    leaves: Int32[np.ndarray, " n"],
+    centroids: Float[Array, "L d"],
+    *,
+    eta: float,
+) -> Float[Array, "L d"]:
+    """Centroids by Theorem 4.2 with leaves as partitions: ``<q, c>`` ranks leaves better.
+
+    The mean of a spread-out leaf is short, and its product with a query that its rows answer is
+    too small. The loss that weighs parallel errors by eta lengthens it.
+
+    Args:
+      x: ``[n, d]`` training rows.
+      leaves: ``int32[n]`` their leaves.
+      centroids: ``[L, d]`` where the solution starts.
+      eta: ratio of the weights of parallel and orthogonal errors, the same for all rows; 1 gives
+        means.
+
+    Returns:
+      ``float32[L, d]``.
+    """
+    return _anisotropic(x, jnp.asarray(leaves), centroids, jnp.float32(eta))
 
 
 def nearest_centroids(x: Any, centroids: Float[Array, "L d"]) -> Int32[np.ndarray, " n"]:

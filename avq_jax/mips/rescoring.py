@@ -54,7 +54,7 @@ def store_rows(x: Any, kind: StoreType) -> Store:
     """
     check_store_type(kind)
     if kind == "float32":
-        return Store(jnp.array(x, jnp.float32, copy=True))
+        return Store(_in_large_pages(np.asarray(x, np.float32)))
     if kind == "bfloat16":
         return Store(jnp.asarray(x).astype(jnp.bfloat16))
     x = np.asarray(x)
@@ -67,6 +67,18 @@ def store_rows(x: Any, kind: StoreType) -> Store:
         rows[start : start + _CHUNK] = np.rint(part / np.where(step > 0, step, np.inf)[:, None])
         scale[start : start + _CHUNK] = step
     return Store(jnp.asarray(rows), jnp.asarray(scale))
+
+
+def _in_large_pages(x: np.ndarray) -> jax.Array:
+    """A copy in memory that NumPy asks large pages for, where rows picked at random miss less.
+
+    It begins at a multiple of 64 bytes, so that a CPU device uses it in place.
+    """
+    buffer = np.empty(x.nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    own = buffer[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    own[...] = x
+    return jax.device_put(own)
 
 
 def rough_scores(store: Store, queries: Float[Array, "b d"], *, metric: str) -> Float[Array, "b n"]:

@@ -12,6 +12,26 @@ namespace {
 
 TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
 
+// The sums of tree_level.inc, lane for lane; its scalar tail costs as much as all the rest.
+#define XLA_KERNELS_OWN_DOT
+inline float sum_lanes(const float* lane);
+float dot(const float* query, const float* row, int64_t dim) {
+  __m512 sum = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 16 <= dim; i += 16) {
+    sum = _mm512_add_ps(sum, _mm512_mul_ps(_mm512_loadu_ps(query + i), _mm512_loadu_ps(row + i)));
+  }
+  if (i < dim) {
+    const auto tail = static_cast<__mmask16>((1u << (dim - i)) - 1u);
+    const __m512 last = _mm512_mul_ps(_mm512_maskz_loadu_ps(tail, query + i),
+                                      _mm512_maskz_loadu_ps(tail, row + i));
+    sum = _mm512_mask_add_ps(sum, tail, sum, last);
+  }
+  alignas(64) float lane[16];
+  _mm512_store_ps(lane, sum);
+  return sum_lanes(lane);
+}
+
 #include "tree_level.inc"
 
 // Four tiles at a time: their sums are independent chains of vpdpwssd.
