@@ -159,7 +159,7 @@ def _choose(tree: PackedTree, implementation: str | None, rows: Any, euclidean: 
                 "implementation 'cpu' needs packed codes, and float32 rows for Euclidean scores"
             )
         return cpu.tree_search
-    if not fits or not library.available():
+    if not library.available() or not fits:
         return xla.tree_search
 
     def by_platform(*args: Any, **options: Any) -> Any:
