@@ -104,7 +104,9 @@ def test_a_session_as_processes(place, tmp_path):
 
 def test_interrupting_exits_130():
     code = (
-        "import time, avq_jax.cli, avq_jax.commands as c\n"
+        "import signal, time, avq_jax.cli, avq_jax.commands as c\n"
+        # A child of a background job would inherit that the signal is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(args):\n    print('ready', flush=True); time.sleep(60)\n"
         "c.info = wait\nraise SystemExit(avq_jax.cli.main(['info']))"
     )
