@@ -399,7 +399,6 @@ void tree_search(const TreeSearchArguments& a, Pool& pool) {
   const int64_t tile = std::max<int64_t>(1, std::min(kTile, share));
   const int64_t tiles = (a.num_queries + tile - 1) / tile;
   parallel_for(pool, threads, tiles, [&](int64_t t) {
-    // Buffers outlive a call, so that a single query allocates nothing.
     Worker worker(a);
     worker.run(t * tile, std::min(tile, a.num_queries - t * tile));
   });
