@@ -283,9 +283,9 @@ def searcher(
         found = direct(rows) if direct is not None and len(rows) <= _DIRECT_QUERIES else None
         if found is None:
             found = compiled(len(rows))(index, rows, None)
-        scores, ids = (np.asarray(a) for a in found)
-        result: Any = (scores[0], ids[0]) if single else (scores, ids)
-        return SearchResult(*result)
+        scores, ids = np.asarray(found[0]), np.asarray(found[1])
+        result: Any = SearchResult
+        return result(scores[0], ids[0]) if single else result(scores, ids)
 
     return find
 
