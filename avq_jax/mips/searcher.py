@@ -14,11 +14,13 @@ from jaxtyping import Array, Bool, Float
 from avq_jax.checks import as_count, as_queries, is_traced
 from avq_jax.mips.exact import SearchResult
 from avq_jax.mips.exact import _power_of_two as power_of_two
+from avq_jax.mips.filtering import filtered_search, restrict
 from avq_jax.mips.index import Index
-from avq_jax.mips.rescoring import rough_scores
+from avq_jax.mips.rescoring import Store, rough_scores
 from avq_jax.quantization.rows import unit
 from xla_kernels import (
     Implementation,
+    PackedTree,
     best_rows,
     direct_tree_search,
     row_scores,
@@ -71,7 +73,7 @@ def _effort(
     return _Effort(k, leaves, rescore, implementation)
 
 
-def _as_mask(allowed: Any, b: int, n: int) -> Any:
+def _as_mask(allowed: Any, b: int | None, n: int) -> Any:
     if allowed is None:
         return None
     allowed = jnp.asarray(allowed)
@@ -79,8 +81,10 @@ def _as_mask(allowed: Any, b: int, n: int) -> Any:
         raise TypeError(
             f"allowed must be a boolean mask over the rows, not a list of ids; got {allowed.dtype}"
         )
-    if allowed.shape not in ((n,), (b, n)):
-        raise ValueError(f"allowed must have shape ({n},) or ({b}, {n}); got {allowed.shape}")
+    shapes = [(n,)] if b is None else [(n,), (b, n)]
+    if allowed.shape not in shapes:
+        wanted = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"allowed must have shape {wanted}; got {allowed.shape}")
     return allowed
 
 
@@ -110,7 +114,9 @@ def search(
       rescore: candidates scored again from the stored rows; 0 turns it off, so that scores are
         estimates from the codes alone; ``None`` takes ``max(10 k, 100)``, or 0 without stored
         rows. An index without a tree always scores its stored rows.
-      allowed: boolean mask ``[n]`` or ``[b, n]`` of rows that may be returned.
+      allowed: boolean mask ``[n]`` or ``[b, n]`` of rows that may be returned. Where it allows
+        few rows (n / 64, or 4,096 if that is more) they are scored exactly; where it allows more,
+        up to 16 times as many leaves are probed, so that recall does not fall.
       implementation: of the scan, ``"cpu"`` (compiled kernel), ``"xla"``, or ``None`` for the best
         that can run.
 
@@ -165,31 +171,51 @@ def _search(
         q = q / factor[:, None]
 
     if index.tree is None:
-        scores, ids = _search_rows(index, q, allowed, usable, effort)
+        scores, ids = _search_rows(index.store, q, allowed, usable, effort.k, index.metric)
     else:
-        scores, ids = _search_tree(index, q, allowed, effort)
+        scores, ids = _search_tree(index, q, allowed, usable, effort)
     found = (ids >= 0) & usable[:, None]
     scores = jnp.clip(jnp.where(found, scores, 0) * factor[:, None], -_MAX, _MAX)
     return SearchResult(jnp.where(found, scores, -jnp.inf), jnp.where(found, ids, -1))
 
 
-def _search_tree(index: Index, q: Array, allowed: Any, effort: _Effort) -> tuple[Array, Array]:
+def _search_tree(
+    index: Index, q: Array, allowed: Any, usable: Array, effort: _Effort
+) -> tuple[Array, Array]:
     """Search leaves, codes and, for rescoring, rows."""
-    packed = index.tree.packed
-    mask = None
-    if allowed is not None:
-        rows = packed.slot_rows
-        mask = allowed.reshape(-1, index.num_rows)[:, jnp.maximum(rows, 0)] & (rows >= 0)[None]
+    if allowed is None:
+        return _probe(index, index.tree.packed, q, effort)
+
+    def one(q: Array, mask: Array, usable: Array) -> tuple[Array, Array]:
+        return filtered_search(
+            index,
+            mask,
+            leaves=effort.leaves_to_search,
+            rescore=effort.rescore,
+            probe=lambda tree, leaves: _probe(
+                index, tree, q, effort._replace(leaves_to_search=leaves)
+            ),
+            score=lambda store, valid: _search_rows(
+                store, q, valid, usable, effort.k, index.metric
+            ),
+        )
+
+    if allowed.ndim == 1:
+        return one(q, allowed, usable)
+    found = jax.lax.map(lambda z: one(z[0][None], z[1], z[2][None]), (q, allowed, usable))
+    return found[0][:, 0], found[1][:, 0]
+
+
+def _probe(index: Index, tree: PackedTree, q: Array, effort: _Effort) -> tuple[Array, Array]:
     store = index.store if effort.rescore else None
     scores, ids = tree_search(
-        packed,
+        tree,
         q,
         k=effort.k,
         leaves_to_search=effort.leaves_to_search,
         rescore=effort.rescore,
         rows=None if store is None else store.rows,
         row_scale=None if store is None else store.scale,
-        usable=mask,
         euclidean=index.metric == "l2",
         implementation=effort.implementation,
     )
@@ -200,11 +226,11 @@ def _search_tree(index: Index, q: Array, allowed: Any, effort: _Effort) -> tuple
 
 
 def _search_rows(
-    index: Index, q: Array, allowed: Any, usable: Array, effort: _Effort
+    store: Store, q: Array, allowed: Any, usable: Array, k: int, metric: str
 ) -> tuple[Array, Array]:
     """Score all rows by one product, and the best of them again one by one."""
-    n, k = index.num_rows, effort.k
-    euclidean = index.metric == "l2"
+    n = store.rows.shape[0]
+    euclidean = metric == "l2"
 
     def one(args):
         q, rough, mask, ok = args
@@ -212,14 +238,14 @@ def _search_rows(
         rough = jnp.where(ok if mask is None else ok & mask, rough, -jnp.inf)
         # The selection has no gradient; the scores of what it selects are computed again.
         top, rows = jax.lax.top_k(rough, min(n, max(4 * k, k + _SPARE)))
-        exact = row_scores(index.store.rows, index.store.scale, q, rows, euclidean=euclidean)
+        exact = row_scores(store.rows, store.scale, q, rows, euclidean=euclidean)
         exact = jnp.where(top > -jnp.inf, jnp.maximum(exact, -_MAX), -jnp.inf)
         return best_rows(exact, rows.astype(jnp.int32), k)
 
     def tile(args):
         q, mask, ok = args
-        store, probe = jax.lax.stop_gradient((index.store, q))
-        rough = rough_scores(store, probe, metric=index.metric)
+        fixed, probe = jax.lax.stop_gradient((store, q))
+        rough = rough_scores(fixed, probe, metric=metric)
         return jax.lax.map(one, (q, rough, mask, ok))
 
     b = q.shape[0]
@@ -240,6 +266,7 @@ def searcher(
     k: int = 10,
     leaves_to_search: int | None = None,
     rescore: int | None = None,
+    allowed: Any = None,
     implementation: Implementation | None = None,
 ) -> Callable[[Any], SearchResult]:
     """Make a handle for serving loops: NumPy in and out, compiled once for each batch size.
@@ -249,6 +276,8 @@ def searcher(
       k: results a query.
       leaves_to_search: as in :func:`search`.
       rescore: as in :func:`search`.
+      allowed: boolean mask ``[n]`` of rows that may be returned, as in :func:`search`; what it
+        takes to look at those alone is made once, so that a search costs no more for it.
       implementation: as in :func:`search`.
 
     Returns:
@@ -270,6 +299,13 @@ def searcher(
         raise TypeError("searcher needs concrete arrays; inside jit call search instead")
     effort = _effort(index, k, leaves_to_search, rescore, implementation)
     index = jax.tree.map(jnp.asarray, index)
+    numbers = None
+    if allowed is not None:
+        mask = np.asarray(_as_mask(allowed, None, index.num_rows))
+        index, leaves, numbers = restrict(
+            index, mask, leaves=effort.leaves_to_search, rescore=effort.rescore
+        )
+        effort = effort._replace(leaves_to_search=leaves)
 
     direct = _direct(index, effort)
 
@@ -284,6 +320,8 @@ def searcher(
         if found is None:
             found = compiled(len(rows))(index, rows, None)
         scores, ids = (np.asarray(a) for a in found)
+        if numbers is not None and len(numbers):
+            ids = np.where(ids >= 0, numbers[np.maximum(ids, 0)], -1)
         result: Any = (scores[0], ids[0]) if single else (scores, ids)
         return SearchResult(*result)
 
