@@ -20,7 +20,7 @@ from avq_jax.mips.io import describe
 from avq_jax.mips.tuning import tune as find_settings
 from avq_jax.progress import steps
 
-__all__ = ["Report", "build", "convert", "eval", "info", "search", "tune", "verify"]
+__all__ = ["Report", "build", "convert", "eval", "explain", "info", "search", "tune", "verify"]
 
 _CHUNK = 65_536
 _QUERIES = 1024
@@ -184,6 +184,24 @@ def eval(args: argparse.Namespace) -> Report:
         f"truth          {where}"
     )
     return Report(values, text)
+
+
+def explain(args: argparse.Namespace) -> Report:
+    """Tell why a row was or was not returned for one query."""
+    index = avq_jax.load(args.index)
+    with _rows(args.queries, args) as rows:
+        if args.query >= len(rows):
+            raise ValueError(f"--query must be below the {len(rows)} queries; got {args.query}")
+        query = np.asarray(rows[args.query : args.query + 1])[0]
+    found = avq_jax.explain(
+        index, query, args.id, k=args.k, leaves_to_search=args.leaves, rescore=args.rescore
+    )
+    values = {**found._asdict(), "copies": [copy._asdict() for copy in found.copies]}
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+    return Report(finite, f"{found}")
 
 
 def tune(args: argparse.Namespace) -> Report:

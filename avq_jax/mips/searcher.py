@@ -44,7 +44,7 @@ _LARGE = 2.0**40
 _MAX = float(jnp.finfo(jnp.float32).max)
 
 
-class _Effort(NamedTuple):
+class Effort(NamedTuple):
     """Static settings of a search."""
 
     k: int
@@ -53,9 +53,10 @@ class _Effort(NamedTuple):
     implementation: Implementation | None
 
 
-def _effort(
+def effort_of(
     index: Index, k: Any, leaves_to_search: Any, rescore: Any, implementation: Any
-) -> _Effort:
+) -> Effort:
+    """Settings of a search, checked, with the defaults of the index."""
     k = as_count(k, name="k")
     if leaves_to_search is None:
         leaves_to_search = index.leaves_to_search
@@ -70,7 +71,7 @@ def _effort(
         )
     if 0 < rescore < k:
         raise ValueError(f"rescore must be 0 (off) or at least k = {k}; got {rescore}")
-    return _Effort(k, leaves, rescore, implementation)
+    return Effort(k, leaves, rescore, implementation)
 
 
 def _as_mask(allowed: Any, b: int | None, n: int) -> Any:
@@ -144,7 +145,7 @@ def search(
     if not isinstance(index, Index):
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
     rows, single = as_queries(queries, width=index.dim)
-    effort = _effort(index, k, leaves_to_search, rescore, implementation)
+    effort = effort_of(index, k, leaves_to_search, rescore, implementation)
     mask = _as_mask(allowed, rows.shape[0], index.num_rows)
     result = _search(index, rows, mask, effort)
     return SearchResult(result.scores[0], result.ids[0]) if single else result
@@ -152,7 +153,7 @@ def search(
 
 @functools.partial(jax.jit, static_argnames="effort")
 def _search(
-    index: Index, queries: Float[Array, "b d"], allowed: Bool[Array, "*b n"] | None, effort: _Effort
+    index: Index, queries: Float[Array, "b d"], allowed: Bool[Array, "*b n"] | None, effort: Effort
 ) -> SearchResult:
     b = queries.shape[0]
     if b == 0 or index.num_rows == 0:
@@ -180,7 +181,7 @@ def _search(
 
 
 def _search_tree(
-    index: Index, q: Array, allowed: Any, usable: Array, effort: _Effort
+    index: Index, q: Array, allowed: Any, usable: Array, effort: Effort
 ) -> tuple[Array, Array]:
     """Search leaves, codes and, for rescoring, rows."""
     if allowed is None:
@@ -206,7 +207,7 @@ def _search_tree(
     return found[0][:, 0], found[1][:, 0]
 
 
-def _probe(index: Index, tree: PackedTree, q: Array, effort: _Effort) -> tuple[Array, Array]:
+def _probe(index: Index, tree: PackedTree, q: Array, effort: Effort) -> tuple[Array, Array]:
     store = index.store if effort.rescore else None
     scores, ids = tree_search(
         tree,
@@ -297,7 +298,7 @@ def searcher(
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
     if is_traced(index):
         raise TypeError("searcher needs concrete arrays; inside jit call search instead")
-    effort = _effort(index, k, leaves_to_search, rescore, implementation)
+    effort = effort_of(index, k, leaves_to_search, rescore, implementation)
     index = jax.tree.map(jnp.asarray, index)
     numbers = None
     if allowed is not None:
@@ -340,7 +341,7 @@ def _host_queries(queries: Any, dim: int) -> tuple[np.ndarray, bool]:
     return np.ascontiguousarray(rows), single
 
 
-def _direct(index: Index, effort: _Effort) -> Callable | None:
+def _direct(index: Index, effort: Effort) -> Callable | None:
     """The compiled kernel called without JAX between, where it does all that a search does."""
     if index.tree is None or effort.implementation == "xla" or not index.num_rows:
         return None
