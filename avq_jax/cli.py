@@ -166,8 +166,8 @@ def _add_build(command: Any) -> None:
         "build",
         "learn codes for rows and save an index",
         "Build an index of the rows of a file. Sizes left out are chosen from the data:\n"
-        "below 20,000 rows exact scoring, above sqrt(n) leaves and a code of half a byte for\n"
-        "two columns.",
+        "below 20,000 rows exact scoring, below 50,000 a scan of all codes, above sqrt(n) leaves;\n"
+        "a code is half a byte for two columns, or for four beyond 128 columns.",
         "  avq-jax build base.npy base.index --metric l2\n"
         "  avq-jax build glove-100.hdf5 glove.safetensors --rescore-dtype int8\n"
         "  avq-jax build base.fbin base.index --leaves 2000 --subspaces 50 --threshold 0.2",

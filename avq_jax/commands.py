@@ -79,8 +79,15 @@ def build(args: argparse.Namespace) -> Report:
         skipped = len(rows.malformed)
     avq_jax.save(index, args.index)
     told = describe(args.index)
-    values = {"index": args.index, "seconds": seconds, "skipped_lines": skipped, **told}
-    text = f"{index}\nbuilt in {seconds:.1f} s, saved to {args.index} ({_size(told['bytes'])})"
+    memory = index.bytes_per_row
+    values = {
+        "index": args.index, "seconds": seconds, "skipped_lines": skipped,
+        "bytes_per_row": {**memory._asdict(), "total": memory.total}, **told,
+    }  # fmt: skip
+    text = (
+        f"{index}\n{memory}\n"
+        f"built in {seconds:.1f} s, saved to {args.index} ({_size(told['bytes'])})"
+    )
     return Report(values, text + (f"\nskipped {skipped} malformed lines" if skipped else ""))
 
 
@@ -261,6 +268,7 @@ def info(args: argparse.Namespace) -> Report:
             f"{told['format_version']}, written by avq_jax {told['library_version']}",
             *(
                 f"  {name:<12}{tensor['dtype']:>5} {tensor['shape']!s:<18}{_size(tensor['bytes'])}"
+                f", {tensor['bytes'] / max(told['num_rows'], 1):.1f} a row"
                 for name, tensor in told["tensors"].items()
             ),
         ]
