@@ -25,15 +25,17 @@ from avq_jax.mips.partition import (
     train_centroids,
 )
 from avq_jax.mips.rescoring import StoreType, check_store_type, store_rows
-from avq_jax.progress import steps
+from avq_jax.progress import shown, steps
 from avq_jax.quantization import Codebook, decode, encode, fit
 from avq_jax.quantization.codebook import check_magnitude
 from xla_kernels import slots_per_block
 
 __all__ = ["build", "default_threshold"]
 
-# Below this many rows exact scoring is as fast as anything.
+# Below this many rows exact scoring is as fast as anything, and below this many a scan of all
+# codes, which loses no row to an unprobed leaf.
 _EXACT_ROWS = 20_000
+_FLAT_ROWS = 50_000
 # Fewest rows that a tree and codebooks are learned from.
 _LEAST_ROWS = 32
 _CHUNK = 1 << 17
@@ -84,8 +86,9 @@ def build(
       key: a typed key, ``jax.random.key(seed)``; the same key gives the same index.
       x: ``[n, d]`` rows, of any real dtype.
       metric: ``"dot"``, ``"cosine"`` or ``"l2"``.
-      num_leaves: L; ``None`` takes sqrt(n), and exact scoring without a tree or codes below
-        20,000 rows unless ``num_subspaces`` is given. 1 is a flat scan of the codes.
+      num_leaves: L; ``None`` chooses by size: below 20,000 rows exact scoring without codes
+        (unless ``num_subspaces`` is given), below 50,000 codes in one leaf, all of which are
+        scanned (unless ``soar_lambda`` is given), then sqrt(n) leaves.
       num_subspaces: m, bytes a code at 16 codewords are m / 2; ``None`` takes two columns a
         subspace, four beyond 128 columns.
       num_codewords: k, 2 to 256.
@@ -100,7 +103,8 @@ def build(
         ``None`` to keep none.
       num_iterations: most iterations of k-means and of the codebook learner.
       sample_size: rows that centroids and codebooks are learned from.
-      progress: show progress and what was chosen; ``None`` does in a terminal or notebook.
+      progress: show progress and what was chosen, sizes and memory; ``None`` does in a terminal
+        or notebook.
 
     Returns:
       :class:`avq_jax.Index`.
@@ -138,7 +142,7 @@ def build(
     x = np.asarray(as_rows(x, name="x"))
     check_magnitude(x)
     n, d = x.shape
-    sizes = _sizes(n, d, num_leaves, num_subspaces, num_codewords)
+    sizes = _sizes(n, d, num_leaves, num_subspaces, num_codewords, spilled=soar_lambda is not None)
     if sizes is None and rescore_dtype is None:
         raise ValueError(
             f"rescore_dtype must not be None where rows are scored exactly, as {n} rows are here; "
@@ -154,12 +158,13 @@ def build(
         weight = Uniform() if metric == "l2" else Threshold(jnp.float32(T))
 
     tree = None
+    terms = _loss_terms(weight, norms, x, metric)
     if sizes is not None:
         leaves, m = sizes
         tree = _build_tree(
             key,
             x,
-            _loss_terms(weight, norms, x, metric),
+            terms,
             metric=metric,
             num_leaves=leaves,
             num_subspaces=m,
@@ -172,7 +177,11 @@ def build(
     count = 0 if tree is None else tree.centroids.shape[0]
     index = Index(
         tree=tree,
-        store=None if rescore_dtype is None else store_rows(x, rescore_dtype),
+        store=None
+        if rescore_dtype is None
+        else store_rows(
+            x, rescore_dtype, None if metric == "l2" else terms(slice(None))["scaling"]
+        ),
         ids=packed,
         weight=weight,
         metric=metric,
@@ -180,8 +189,8 @@ def build(
         dim=d,
         leaves_to_search=leaves_to_search or max(1, min(count, max(8, math.ceil(count / 10)))),
     )
-    if progress or (progress is None and sys.stderr.isatty()):
-        print(index, file=sys.stderr)
+    if shown(progress):
+        print(f"{index}\n{index.bytes_per_row}", file=sys.stderr)
     return index
 
 
@@ -199,13 +208,21 @@ def _as_pytree(weight: Any) -> Any:
 
 
 def _sizes(
-    n: int, d: int, num_leaves: Any, num_subspaces: Any, num_codewords: Any
+    n: int,
+    d: int,
+    num_leaves: Any,
+    num_subspaces: Any,
+    num_codewords: Any,
+    *,
+    spilled: bool = False,
 ) -> tuple[int, int] | None:
     """Leaves and subspaces of the tree, or ``None`` where all rows are scored exactly."""
     k = as_count(num_codewords, name="num_codewords", minimum=2)
     if k > 256:
         raise ValueError(f"num_codewords must be at most 256, so that codes are bytes; got {k}")
-    leaves = round(math.sqrt(n)) if num_leaves is None else as_count(num_leaves, name="num_leaves")
+    leaves = 1 if n < _FLAT_ROWS and not spilled else round(math.sqrt(n))
+    if num_leaves is not None:
+        leaves = as_count(num_leaves, name="num_leaves")
     m = math.ceil(d / 2) if d <= 128 else max(64, math.ceil(d / 4))
     if num_subspaces is not None:
         m = as_count(num_subspaces, name="num_subspaces")
