@@ -71,7 +71,7 @@ def _effort(
     return _Effort(k, leaves, rescore, implementation)
 
 
-def _as_mask(allowed: Any, b: int, n: int) -> Any:
+def _as_mask(allowed: Any, b: Any, n: int) -> Any:
     if allowed is None:
         return None
     allowed = jnp.asarray(allowed)
@@ -225,14 +225,15 @@ def _search_rows(
 
     b = q.shape[0]
     each = allowed if allowed is not None and allowed.ndim == 2 else None
-    pad = -b % _TILE
+    # Written so that a batch of symbolic size divides too (jax.export).
+    tiles = (b + _TILE - 1) // _TILE
 
     def in_tiles(a: Array) -> Array:
-        a = jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1))
-        return a.reshape(-1, _TILE, *a.shape[1:])
+        a = jnp.pad(a, ((0, tiles * _TILE - b),) + ((0, 0),) * (a.ndim - 1))
+        return a.reshape(tiles, _TILE, *a.shape[1:])
 
     scores, ids = jax.lax.map(tile, jax.tree.map(in_tiles, (q, each, usable)))
-    return scores.reshape(-1, k)[:b], ids.reshape(-1, k)[:b]
+    return scores.reshape(tiles * _TILE, k)[:b], ids.reshape(tiles * _TILE, k)[:b]
 
 
 def searcher(
