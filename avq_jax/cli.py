@@ -118,6 +118,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_build(command)
     _add_searching(command)
+    exported = command(
+        "export",
+        "an index and its search as one program",
+        "Write the search of an index as a StableHLO program that needs jax and flatbuffers\n"
+        "alone; the directory holds a loader, standalone.py.",
+        "  avq-jax export glove.index glove.export --k 10 --rescore 100\n"
+        "  avq-jax export glove.index glove.cpu --kernel --batch 8",
+    )
+    exported.add_argument("index", metavar="INDEX", help="a saved index")
+    exported.add_argument("target", metavar="TO", help="a directory")
+    exported.add_argument("--k", type=_count, default=10, help="results (default: %(default)s)")
+    exported.add_argument("--leaves", type=_count, help="leaves searched")
+    exported.add_argument("--rescore", type=_from_zero, help="rows rescored, 0 for none")
+    exported.add_argument(
+        "--batch", default="b", help="a name for any batch size, or a number (default: any)"
+    )
+    exported.add_argument(
+        "--platforms", default="cpu,tpu,cuda", help="with commas (default: %(default)s)"
+    )
+    exported.add_argument(
+        "--kernel", action="store_true", help="for CPUs with the compiled kernel only"
+    )
     info = command(
         "info",
         "what is installed, which kernels run, what an index is",

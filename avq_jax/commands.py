@@ -20,7 +20,18 @@ from avq_jax.mips.io import describe
 from avq_jax.mips.tuning import tune as find_settings
 from avq_jax.progress import steps
 
-__all__ = ["Report", "build", "convert", "eval", "explain", "info", "search", "tune", "verify"]
+__all__ = [
+    "Report",
+    "build",
+    "convert",
+    "eval",
+    "explain",
+    "export",
+    "info",
+    "search",
+    "tune",
+    "verify",
+]
 
 _CHUNK = 65_536
 _QUERIES = 1024
@@ -240,6 +251,33 @@ def tune(args: argparse.Namespace) -> Report:
         f"(95 % interval {low:.4f} to {high:.4f}) on queries it was not chosen on"
     )
     return Report(values, "\n".join(lines))
+
+
+def export(args: argparse.Namespace) -> Report:
+    """Export an index and its search as one program."""
+    serving = importlib.import_module("avq_jax.serving")
+    index = avq_jax.load(args.index)
+    serving.export(
+        index,
+        args.target,
+        batch=int(args.batch) if args.batch.isdecimal() else args.batch,
+        k=args.k,
+        leaves_to_search=args.leaves,
+        rescore=args.rescore,
+        platforms=("cpu",) if args.kernel else tuple(args.platforms.split(",")),
+        implementation="cpu" if args.kernel else "xla",
+    )
+    header = serving.load_exported(args.target).header
+    kept = ("inputs", "k", "platforms", "requires", "jax_version", "num_rows", "metric")
+    values = {"export": args.target, **{name: header[name] for name in kept}}
+    shape = ", ".join(str(n) for n in header["inputs"]["shape"])
+    size = _size(header["program"]["bytes"] + header["arrays"]["bytes"])
+    needs = "" if header["requires"] is None else ", with the compiled kernel"
+    text = (
+        f"{args.target}: [{shape}] -> k = {header['k']}, for {', '.join(header['platforms'])}"
+        f"{needs} ({size})"
+    )
+    return Report(values, text)
 
 
 def info(args: argparse.Namespace) -> Report:

@@ -148,6 +148,50 @@ def code_rows(codes: jax.Array | PackedCodes, rows: jax.Array) -> jax.Array:
     return jnp.where(within % 2 == 0, byte & np.uint8(15), byte >> np.uint8(4))
 
 
+def put_code_rows(packed: PackedCodes, rows: jax.Array, codes: jax.Array) -> PackedCodes:
+    """Set ``uint8[b, m]`` codes of chosen rows; the inverse of `code_rows`.
+
+    Args:
+      packed: of n points.
+      rows: ``int32[b]`` distinct row numbers; negative ones are skipped.
+      codes: their codes.
+
+    Returns:
+      New `PackedCodes` of the same shape.
+
+    Example:
+      >>> import numpy as np
+      >>> packed = pack_codes(np.zeros((3, 2), np.uint8), num_codewords=16)
+      >>> new = put_code_rows(packed, jnp.array([2, -1]), jnp.array([[7, 8], [9, 9]], jnp.uint8))
+      >>> unpack_codes(new).tolist()
+      [[0, 0], [0, 0], [7, 8]]
+    """
+    data, m = packed.data, packed.num_subspaces
+    if packed.layout == "columns":
+        at = jnp.where(rows >= 0, rows, packed.num_rows)
+        return dataclasses.replace(packed, data=data.at[:, at].set(codes.T, mode="drop"))
+    size = block_size(packed.layout)
+    # Beyond the last block nothing is written.
+    block = jnp.where(rows >= 0, rows // size, data.shape[0])[:, None]
+    point = (rows % size)[:, None]
+    column = jnp.arange(m, dtype=rows.dtype)[None, :]
+    if packed.layout == "bytes":
+        data = data.at[block, column, point].set(codes, mode="drop")
+        return dataclasses.replace(packed, data=data)
+    within = column % 4
+    if packed.layout == "dwords":
+        byte, high = 4 * (point % 16) + within, jnp.broadcast_to(point >= 16, codes.shape)
+    else:
+        byte, high = 32 * (within // 2) + point, jnp.broadcast_to(within % 2 == 1, codes.shape)
+    # Two codes share a byte: all low halves are written before any high half is read.
+    for half, kept in ((False, 0xF0), (True, 0x0F)):
+        at = jnp.where(high == half, block, data.shape[0]), column // 4, byte
+        old = data.at[at].get(mode="fill", fill_value=0) & np.uint8(kept)
+        new = (codes & np.uint8(15)) << np.uint8(4 if half else 0)
+        data = data.at[at].set(old | new, mode="drop")
+    return dataclasses.replace(packed, data=data)
+
+
 @functools.partial(jax.jit, static_argnames=("layout",))
 def _pack(codes: jax.Array, layout: str) -> jax.Array:
     n, m = codes.shape

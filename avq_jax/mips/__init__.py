@@ -1,28 +1,42 @@
 """Sections 2 and 5.3 of the paper: the search engine."""
 
 from avq_jax.mips.build import build, default_threshold
+from avq_jax.mips.capacity import compact, held_rows, reserve
 from avq_jax.mips.exact import SearchResult, brute_force
 from avq_jax.mips.explain import Explanation, explain
 from avq_jax.mips.index import Index, Tree, user_ids
 from avq_jax.mips.io import IndexFormatError, load, save
+from avq_jax.mips.rebalancing import Statistics, rebalance, statistics
 from avq_jax.mips.searcher import search, searcher
 from avq_jax.mips.tuning import Tuned, tune
+from avq_jax.mips.updates import Added, add, remove, replace, row_numbers
 
 __all__ = [
+    "Added",
     "Explanation",
     "Index",
     "IndexFormatError",
     "SearchResult",
+    "Statistics",
     "Tree",
     "Tuned",
+    "add",
     "brute_force",
     "build",
+    "compact",
     "default_threshold",
     "explain",
+    "held_rows",
     "load",
+    "rebalance",
+    "remove",
+    "replace",
+    "reserve",
+    "row_numbers",
     "save",
     "search",
     "searcher",
+    "statistics",
     "tune",
     "user_ids",
 ]

@@ -100,9 +100,15 @@ def arrays_of(index: Index) -> dict[str, np.ndarray]:
 
     Raises:
       TypeError: codes that format version 1 does not know.
+      ValueError: an index with room for rows to come.
     """
     found: dict[str, Any] = {}
     if index.store is not None:
+        if index.store.held is not None:
+            raise ValueError(
+                "index must be made compact before it is saved (avq_jax.compact): it has room for "
+                "rows to come"
+            )
         found.update(rows=index.store.rows, scale=index.store.scale)
     found.update(ids=index.ids)
     if index.tree is not None:

@@ -99,7 +99,10 @@ def coded_rows(tree: Tree, num_rows: int) -> CodedRows:
     present = np.bincount(rows[used], minlength=num_rows)
     if num_rows and (present != copies).any():
         row = int(np.argmax(present != copies))
-        raise ValueError(f"row {row} of the index lies in {present[row]} leaves, not {copies}")
+        raise ValueError(
+            f"row {row} of the index lies in {present[row]} leaves, not {copies}; an index that "
+            "rows were added to or removed from must be made compact first (avq_jax.compact)"
+        )
     # By row; the copies of a row by leaf, which is how slots lie.
     order = used[np.argsort(rows[used], kind="stable")]
     shape = (num_rows,) if copies == 1 else (num_rows, copies)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Int64
 
 from avq_jax.loss import Scaling
 from avq_jax.progress import steps
@@ -20,6 +20,7 @@ __all__ = [
     "check_slots",
     "lay_out",
     "nearest_centroids",
+    "spill_losses",
     "spilled_leaves",
     "train_centroids",
 ]
@@ -179,13 +180,13 @@ def check_slots(num_slots: int) -> None:
         )
 
 
-def _second(
+def spill_losses(
     x: Float[Array, "B d"],
     first: Int32[Array, " B"],
     centroids: Float[Array, "L d"],
     soar_lambda: Float[Array, ""],
-) -> Int32[Array, " B"]:
-    """The other leaf of least ``||x - c||^2 + lambda <x - c, r>^2 / ||r||^2`` (SOAR)."""
+) -> Float[Array, "L B"]:
+    """``||x - c||^2 + lambda <x - c, r>^2 / ||r||^2`` of all leaves but the first (SOAR)."""
     residual = x - centroids[first]
     square = jnp.sum(residual * residual, axis=1, keepdims=True)
     along = residual * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
@@ -195,7 +196,13 @@ def _second(
     distance = distance - 2 * jnp.matmul(centroids, x.T, precision="highest")
     loss = distance + soar_lambda * cross * cross
     number = jax.lax.broadcasted_iota(jnp.int32, loss.shape, 0)
-    loss = jnp.where(number == first[None, :], jnp.inf, loss)
+    return jnp.where(number == first[None, :], jnp.inf, loss)
+
+
+def _second(x: Array, first: Array, centroids: Array, soar_lambda: Array) -> Int32[Array, " B"]:
+    """The leaf of least loss, the first of equals."""
+    loss = spill_losses(x, first, centroids, soar_lambda)
+    number = jax.lax.broadcasted_iota(jnp.int32, loss.shape, 0)
     best = jnp.min(loss, axis=0, keepdims=True)
     return jnp.min(jnp.where(loss == best, number, centroids.shape[0] - 1), axis=0)
 
@@ -244,8 +251,14 @@ def spilled_leaves(
     return second
 
 
-def lay_out(leaves: Int32[np.ndarray, " n"], *, num_leaves: int, block: int) -> Layout:
-    """Rows sorted by leaf, each leaf padded to whole blocks.
+def lay_out(
+    leaves: Int32[np.ndarray, " n"],
+    *,
+    num_leaves: int,
+    block: int,
+    room: Int64[np.ndarray, " L"] | None = None,
+) -> Layout:
+    """Rows sorted by leaf, each leaf padded to whole blocks, and to ``room`` blocks at least.
 
     Raises:
       ValueError: more slots than int32 can number.
@@ -256,6 +269,8 @@ def lay_out(leaves: Int32[np.ndarray, " n"], *, num_leaves: int, block: int) -> 
     order = np.argsort(leaves, kind="stable").astype(np.int32)
     sizes = np.bincount(leaves, minlength=num_leaves)
     blocks = -(-sizes // block)
+    if room is not None:
+        blocks = np.maximum(blocks, room)
     check_slots(int(blocks.sum()) * block)
     starts = np.concatenate([[0], np.cumsum(blocks)]).astype(np.int32)
     slots = np.full(int(starts[-1]) * block, -1, np.int32)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from avq_jax.loss import Scaling
 
@@ -25,10 +25,13 @@ class Store(NamedTuple):
     Attributes:
       rows: ``[n, d]`` float32 (scores exact), bfloat16 or int8 (scores nearly so).
       scale: ``float32[n]`` step of the int8 rows, else ``None``; see :func:`store_rows`.
+      held: ``bool[n]``, false for row numbers that no row holds; ``None`` where all are held, or
+        where a tree says so.
     """
 
     rows: Array
     scale: Float[Array, " n"] | None = None
+    held: Bool[Array, " n"] | None = None
 
 
 def check_store_type(kind: Any) -> None:

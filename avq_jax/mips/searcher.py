@@ -236,6 +236,7 @@ def _search_rows(
     def one(args):
         q, rough, mask, ok = args
         mask = allowed if mask is None else mask
+        ok = ok if index.store.held is None else ok & index.store.held
         rough = jnp.where(ok if mask is None else ok & mask, rough, -jnp.inf)
         # The selection has no gradient; the scores of what it selects are computed again.
         top, rows = jax.lax.top_k(rough, min(n, max(4 * k, k + _SPARE)))
@@ -251,14 +252,15 @@ def _search_rows(
 
     b = q.shape[0]
     each = allowed if allowed is not None and allowed.ndim == 2 else None
-    pad = -b % _TILE
+    # Written so that a batch of symbolic size divides too (jax.export).
+    tiles = (b + _TILE - 1) // _TILE
 
     def in_tiles(a: Array) -> Array:
-        a = jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1))
-        return a.reshape(-1, _TILE, *a.shape[1:])
+        a = jnp.pad(a, ((0, tiles * _TILE - b),) + ((0, 0),) * (a.ndim - 1))
+        return a.reshape(tiles, _TILE, *a.shape[1:])
 
     scores, ids = jax.lax.map(tile, jax.tree.map(in_tiles, (q, each, usable)))
-    return scores.reshape(-1, k)[:b], ids.reshape(-1, k)[:b]
+    return scores.reshape(tiles * _TILE, k)[:b], ids.reshape(tiles * _TILE, k)[:b]
 
 
 def searcher(

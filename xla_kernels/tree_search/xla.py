@@ -71,16 +71,17 @@ def tree_search(
         shared = jnp.matmul(q, tree.centroids.T, precision=_HIGHEST)
         return jax.lax.map(one, (q, shared, mask, ok))
 
-    pad = -b % _TILE
+    # Written so that a batch of symbolic size divides too (jax.export).
+    tiles = (b + _TILE - 1) // _TILE
 
     def in_tiles(a: jax.Array) -> jax.Array:
-        a = jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1))
-        return a.reshape(-1, _TILE, *a.shape[1:])
+        a = jnp.pad(a, ((0, tiles * _TILE - b),) + ((0, 0),) * (a.ndim - 1))
+        return a.reshape(tiles, _TILE, *a.shape[1:])
 
     if usable is not None and usable.shape[0] == 1:
         tree, usable = tree._replace(usable=usable), None
     scores, ids = jax.lax.map(tile, jax.tree.map(in_tiles, (queries, usable, finite)))
-    return scores.reshape(-1, k)[:b], ids.reshape(-1, k)[:b]
+    return scores.reshape(tiles * _TILE, k)[:b], ids.reshape(tiles * _TILE, k)[:b]
 
 
 def row_scores(rows: Any, row_scale: Any, q: Any, numbers: Any, *, euclidean: bool) -> jax.Array:

@@ -1,0 +1,224 @@
+"""Search of an index whose rows are shared out over the devices of a mesh axis.
+
+Every device has the centroids and codebooks, and of each leaf the rows that are its own: a range
+of row numbers. It scans its part of the probed leaves; the best candidates of all devices are
+compared, each device rescores those of its own that stay, and the best results are compared again.
+Two small gathers a batch, ``2 R`` and ``2 k`` numbers a query and device, are all that is sent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+import xla_kernels
+from avq_jax.checks import as_queries, is_traced
+from avq_jax.mips.capacity import held_slots
+from avq_jax.mips.exact import SearchResult
+from avq_jax.mips.index import Index
+from avq_jax.mips.partition import lay_out
+from avq_jax.mips.searcher import _effort
+from xla_kernels import Implementation, PackedTree
+
+__all__ = ["ShardedIndex", "search_sharded", "shard"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["index", "packed", "rows", "scale"],
+    meta_fields=["mesh", "axis", "rows_per_shard"],
+)
+@dataclasses.dataclass(frozen=True)
+class ShardedIndex:
+    """An index over the devices of a mesh axis; a pytree.
+
+    Made by :func:`avq_jax.shard`.
+
+    >>> import avq_jax, jax, numpy as np
+    >>> x = jax.random.normal(jax.random.key(0), (1000, 16))
+    >>> index = avq_jax.build(jax.random.key(1), x, num_leaves=10)
+    >>> avq_jax.shard(index, jax.make_mesh((1,), ("shards",)), axis="shards").rows_per_shard
+    1000
+
+    Attributes:
+      index: the index without its tree and rows: user ids, metric, sizes, default effort.
+      packed: a :class:`xla_kernels.PackedTree` a device, leaves ``[shards, ...]``.
+      rows: ``[shards, rows_per_shard, d]`` rows for exact scores, or ``None``.
+      scale: ``float32[shards, rows_per_shard]`` of int8 rows, or ``None``.
+      mesh: the mesh.
+      axis: the name of its axis.
+      rows_per_shard: rows of a device, the last device's padding counted.
+    """
+
+    index: Any
+    packed: Any
+    rows: Any
+    scale: Any
+    mesh: Mesh
+    axis: str
+    rows_per_shard: int
+
+
+def shard(index: Index, mesh: Mesh, *, axis: str) -> ShardedIndex:
+    """Share an index out over the devices of a mesh axis, a range of row numbers each.
+
+    In a run of several processes each calls this with the same index and keeps its own part.
+
+    Args:
+      index: with a tree, of concrete arrays.
+      mesh: of devices.
+      axis: its axis over which rows are shared out; the index is repeated over other axes.
+
+    Returns:
+      :class:`ShardedIndex` for :func:`avq_jax.search_sharded`.
+
+    Raises:
+      TypeError: a traced index.
+      ValueError: an index without a tree, an axis that the mesh does not have.
+
+    >>> import avq_jax, jax, numpy as np
+    >>> x = jax.random.normal(jax.random.key(0), (1000, 16))
+    >>> index = avq_jax.build(jax.random.key(1), x, num_leaves=10)
+    >>> parts = shard(index, jax.make_mesh((1,), ("shards",)), axis="shards")
+    >>> avq_jax.search_sharded(parts, x[:2], k=3).ids.shape
+    (2, 3)
+    """
+    if is_traced(index):
+        raise TypeError("shard lays arrays out; call it outside jit")
+    if index.tree is None:
+        raise ValueError("index must have a tree to be shared out; this one scores all rows")
+    if axis not in mesh.shape:
+        raise ValueError(f"axis must be one of {tuple(mesh.shape)}; got {axis!r}")
+    count = mesh.shape[axis]
+    each = -(-index.num_rows // count)
+    parts = [_part(index, s * each, (s + 1) * each) for s in range(count)]
+    # Shapes are the same on all devices: free blocks at the end, which no leaf owns.
+    slots = max(part.slot_rows.shape[0] for part in parts)
+    packed = jax.tree.map(lambda *a: np.stack(a), *(_padded_tree(part, slots) for part in parts))
+    rows = scale = None
+    if index.store is not None:
+        rows = _split(index.store.rows, count, each)
+        scale = None if index.store.scale is None else _split(index.store.scale, count, each)
+    place = NamedSharding(mesh, PartitionSpec(axis))
+
+    def put(a: np.ndarray) -> Array:
+        return jax.make_array_from_callback(a.shape, place, lambda part: a[part])
+
+    packed, rows, scale = jax.tree.map(put, (packed, rows, scale))
+    rest = dataclasses.replace(index, tree=None, store=None, ids=None, weight=None)
+    rest = dataclasses.replace(rest, ids=None if index.ids is None else np.asarray(index.ids))
+    return ShardedIndex(rest, packed, rows, scale, mesh, axis, each)
+
+
+def _split(a: Any, count: int, each: int) -> np.ndarray:
+    a = np.asarray(a)
+    a = np.pad(a, ((0, count * each - len(a)),) + ((0, 0),) * (a.ndim - 1))
+    return a.reshape(count, each, *a.shape[1:])
+
+
+def _part(index: Index, begin: int, end: int) -> PackedTree:
+    """The tree of a range of rows, numbered from 0."""
+    packed = index.tree.packed
+    held = held_slots(index.tree)
+    mine = (held.rows >= begin) & (held.rows < end)
+    layout = lay_out(held.leaves[mine], num_leaves=packed.centroids.shape[0], block=packed.block)
+    entries = np.asarray(layout.slots)
+    at, full = np.maximum(entries, 0), entries >= 0
+    if not mine.any():
+        codes = np.zeros((0, packed.codes.num_subspaces), np.uint8)
+        rows, offset = np.zeros(0, np.int32), None if held.offset is None else held.offset[:0]
+    else:
+        codes = held.codes[mine][at]
+        rows = np.where(full, held.rows[mine][at] - begin, -1).astype(np.int32)
+        offset = None if held.offset is None else np.where(full, held.offset[mine][at], 0)
+    return xla_kernels.pack_tree(
+        packed.centroids,
+        layout.starts,
+        rows,
+        np.asarray(packed.codewords).transpose(0, 2, 1),
+        codes,
+        leaf_offset=index.tree.leaf_offset,
+        slot_offset=offset,
+    )
+
+
+def _padded_tree(packed: PackedTree, slots: int) -> PackedTree:
+    more = slots - packed.slot_rows.shape[0]
+    codes = packed.codes
+    axis, blocks = (1, more) if codes.layout == "columns" else (0, more // packed.block)
+    widths = [(0, 0)] * codes.data.ndim
+    widths[axis] = (0, blocks)
+    data = np.pad(np.asarray(codes.data), widths)
+    offset = packed.slot_offset
+    if offset.shape[0] or (packed.slot_rows.shape[0] == 0 and packed.leaf_offset.shape[0]):
+        offset = np.pad(np.asarray(offset), (0, more))
+    return packed._replace(
+        codes=dataclasses.replace(codes, data=data, num_rows=slots),
+        slot_offset=offset,
+        slot_rows=np.pad(np.asarray(packed.slot_rows), (0, more), constant_values=-1),
+        usable=np.pad(np.asarray(packed.usable), ((0, 0), (0, more))),
+    )
+
+
+def search_sharded(
+    sharded: ShardedIndex,
+    queries: Any,
+    *,
+    k: int = 10,
+    leaves_to_search: int | None = None,
+    rescore: int | None = None,
+    queries_axis: str | None = None,
+    implementation: Implementation | None = None,
+) -> SearchResult:
+    """Search a shared-out index: the ids of :func:`avq_jax.search` on one device.
+
+    The same leaves are probed, the same R candidates are chosen by quantized score over all
+    devices and rescored. Ids agree up to ties of scores within rounding; with ``soar_lambda``, R
+    counts distinct rows here and copies of rows there.
+
+    Args:
+      sharded: from :func:`avq_jax.shard`.
+      queries: ``[b, d]`` or ``[d]``.
+      k: as of :func:`avq_jax.search`.
+      leaves_to_search: as of :func:`avq_jax.search`.
+      rescore: as of :func:`avq_jax.search`.
+      queries_axis: another axis of the mesh over which queries are shared out, b a multiple of
+        its size; ``None`` gives every device all queries.
+      implementation: as of :func:`avq_jax.search`.
+
+    Returns:
+      ``SearchResult(scores, ids)``, on every device along the axis of the index.
+
+    Raises:
+      ValueError: as :func:`avq_jax.search`; a ``queries_axis`` that is not another axis.
+
+    >>> import avq_jax, jax
+    >>> x = jax.random.normal(jax.random.key(0), (1000, 16))
+    >>> index = avq_jax.build(jax.random.key(1), x, num_leaves=10)
+    >>> parts = avq_jax.shard(index, jax.make_mesh((1,), ("shards",)), axis="shards")
+    >>> one, many = avq_jax.search(index, x[:9], k=3), search_sharded(parts, x[:9], k=3)
+    >>> bool((one.ids == many.ids).all())
+    True
+    """
+    index = sharded.index
+    rows, single = as_queries(queries, width=index.dim)
+    has_rows = sharded.rows is not None
+    effort = _effort(index, k, leaves_to_search, rescore, implementation, has_rows)
+    effort = effort._replace(
+        leaves_to_search=min(leaves_to_search or index.leaves_to_search, _num_leaves(sharded))
+    )
+    if queries_axis is not None and (
+        queries_axis == sharded.axis or queries_axis not in sharded.mesh.shape
+    ):
+        raise ValueError(
+            f"queries_axis must be an axis of the mesh other than {sharded.axis!r}; "
+            f"got {queries_axis!r}"
+        )
+    scores, ids = _search_sharded(sharded, rows, effort, queries_axis)
+    return SearchResult(scores[0], ids[0]) if single else SearchResult(scores, ids)
