@@ -40,15 +40,19 @@ from avq_jax.mips import (
     user_ids,
 )
 from avq_jax.quantization import (
+    AdditiveCodebook,
     BinaryCodec,
     Codebook,
     Codes,
     History,
     LloydState,
+    Scaled,
     decode,
     encode,
     fit,
+    fit_additive,
     fit_binary,
+    fit_scale,
     fit_sgd,
     lloyd_init,
     lloyd_update,
@@ -61,6 +65,7 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
     __version__ = "0+unknown"
 
 __all__ = [
+    "AdditiveCodebook",
     "BinaryCodec",
     "Codebook",
     "Codes",
@@ -71,6 +76,7 @@ __all__ = [
     "LloydState",
     "Power",
     "QueryTerms",
+    "Scaled",
     "Scaling",
     "SearchResult",
     "Threshold",
@@ -83,7 +89,9 @@ __all__ = [
     "eta",
     "eta_limit",
     "fit",
+    "fit_additive",
     "fit_binary",
+    "fit_scale",
     "fit_sgd",
     "lloyd_init",
     "lloyd_update",
