@@ -185,9 +185,7 @@ def _losses(codewords: Array, codes: Array, rows: Rows) -> tuple[Array, Array]:
 
     def one(z):
         codes, part = z
-        return block_losses(
-            part.scaling, *metric_terms(part), part.x - sum_words(codewords, codes)
-        )
+        return block_losses(part.scaling, *metric_terms(part), part.x - sum_words(codewords, codes))
 
     each = jax.lax.map(one, (_blocks(codes, block), in_blocks(rows, block))).reshape(-1)[:n]
     return each, jnp.sum(each / n)
@@ -254,7 +252,7 @@ def fit_additive(
     num_codebooks: int,
     num_codewords: int = 16,
     num_iterations: int = 25,
-    num_rounds: int = 32,
+    num_rounds: int = 24,
     direction: Any = None,
     extra: QueryTerms | None = None,
     tolerance: float | int = 1e-3,

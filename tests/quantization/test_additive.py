@@ -138,9 +138,9 @@ def test_direction_is_that_of_the_loss(learned):
 def test_same_key_same_codec_also_in_jit(learned):
     x, scaling, codec, history = learned
     options = {"num_codebooks": 4, "num_iterations": 10, "tolerance": 0}
-    again, _ = jax.jit(
-        lambda key, x, s: avq_jax.fit_additive(key, x, s, **options)
-    )(jax.random.key(0), x, scaling)
+    again, _ = jax.jit(lambda key, x, s: avq_jax.fit_additive(key, x, s, **options))(
+        jax.random.key(0), x, scaling
+    )
     np.testing.assert_array_equal(again.kicks, codec.kicks)
     # The product codebooks run a fixed number of iterations in jit.
     assert mean_loss(again, x, scaling) == pytest.approx(float(history.loss[-1]), rel=0.1)

@@ -94,7 +94,7 @@ def assign_additive_codes(
         codes = _array("codes", codes, 2, jnp.integer).astype(jnp.uint8)
         if codes.shape != (n, m):
             raise ValueError(f"codes must be uint8{[n, m]}, got {codes.shape}")
-    if n == 0 or m == 0:
+    if 0 in (n, m, d):
         return jnp.zeros((n, m), jnp.uint8)
     chosen = implementations.resolve(implementation)
     return _assign(
