@@ -2,6 +2,7 @@
 
 from .adc.api import adc_scores as adc_scores
 from .adc.api import adc_top_k as adc_top_k
+from .additive.api import assign_additive_codes as assign_additive_codes
 from .encode.api import assign_codes as assign_codes
 from .implementations import available_implementations as available_implementations
 from .implementations import export_checks as export_checks
