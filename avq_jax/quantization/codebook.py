@@ -130,7 +130,8 @@ def check_magnitude(x: Any) -> None:
     """Raise a ValueError where squares of the rows would overflow or vanish in float32."""
     if is_traced(x) or x.size == 0:
         return
-    peak = float(np.max(np.abs(x))) if isinstance(x, np.ndarray) else float(jnp.max(jnp.abs(x)))
+    with jax.ensure_compile_time_eval():  # also while something else is traced around x
+        peak = float(np.max(np.abs(x)) if isinstance(x, np.ndarray) else jnp.max(jnp.abs(x)))
     if peak > _LARGEST or 0 < peak < _SMALLEST:
         raise ValueError(
             f"x must have its largest absolute value between {_SMALLEST:g} and {_LARGEST:g}, so "
