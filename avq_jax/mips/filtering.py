@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from avq_jax.mips.capacity import held_rows
 from avq_jax.mips.index import Index
 from avq_jax.mips.rescoring import Store
 from xla_kernels import PackedTree
@@ -144,6 +145,7 @@ def filtered_search(
       Scores and row numbers.
     """
     n, packed = index.num_rows, index.tree.packed
+    mask = mask & held_rows(index)
     exact = bool(rescore) and index.store is not None
     bound = exact_bound(n)
     few = jnp.sum(mask, dtype=jnp.int32) <= bound
@@ -198,6 +200,7 @@ def restrict(index: Index, allowed: np.ndarray, *, leaves: int, rescore: int) ->
     Returns:
       :class:`Restricted`.
     """
+    allowed = allowed & np.asarray(held_rows(index))
     count = int(np.count_nonzero(allowed))
     few = count <= exact_bound(index.num_rows)
     if index.tree is None or (few and rescore and index.store is not None):

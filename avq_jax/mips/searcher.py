@@ -236,7 +236,7 @@ def _search_rows(
     def one(args):
         q, rough, mask, ok = args
         mask = allowed if mask is None else mask
-        ok = ok if index.store.held is None else ok & index.store.held
+        ok = ok if store.held is None else ok & store.held
         rough = jnp.where(ok if mask is None else ok & mask, rough, -jnp.inf)
         # The selection has no gradient; the scores of what it selects are computed again.
         top, rows = jax.lax.top_k(rough, min(n, max(4 * k, k + _SPARE)))
