@@ -43,8 +43,8 @@ def avq_sides(x, leaves, m):
         progress=False,
     )
     built = time.process_time() - begin
-    settings = [(3, 40), (4, 50), (5, 60), (8, 70), (11, 75), (14, 80), (20, 90), (27, 110)]
-    settings += [(36, 130), (48, 160), (64, 200), (85, 230), (110, 260)]
+    settings = [(3, 30), (4, 35), (5, 40), (7, 40), (9, 45), (11, 50), (14, 60), (18, 70)]
+    settings += [(22, 80), (27, 80), (32, 90), (42, 120), (56, 160), (64, 200), (80, 230), (110, 260)]
 
     def handle(setting):
         find = avq_jax.searcher(index, k=10, leaves_to_search=setting[0], rescore=setting[1])
@@ -91,8 +91,8 @@ def scann_side(x, leaves):
     )
     searcher.set_num_threads(1)
     built = time.process_time() - begin
-    settings = [(3, 50), (5, 60), (8, 70), (12, 80), (18, 100), (26, 110), (35, 130), (55, 200)]
-    settings += [(80, 250)]
+    settings = [(3, 40), (4, 40), (5, 45), (5, 60), (8, 50), (8, 70), (12, 60), (12, 80), (18, 75)]
+    settings += [(18, 100), (26, 110), (35, 130), (45, 160), (55, 200), (70, 220), (90, 260)]
 
     def at(setting):
         a, r = setting
@@ -184,8 +184,9 @@ def measure(sides, queries, truth, rounds, few):
 
 
 def at_recall(points, side, kind, target):
-    """Time at a recall, on the line between the settings around it."""
-    curve = sorted((p["recall"], p[kind]) for p in points if p["side"] == side and p[kind])
+    """Time at a recall, on the line between the two settings around it that nothing beats."""
+    curve = [(p["recall"], p[kind]) for p in points if p["side"] == side and p[kind]]
+    curve = sorted(p for p in curve if not any(o[0] > p[0] and o[1] <= p[1] for o in curve))
     for (r0, t0), (r1, t1) in itertools.pairwise(curve):
         if r0 <= target <= r1:
             return t0 + (t1 - t0) * (target - r0) / (r1 - r0) if r1 > r0 else t1
