@@ -61,7 +61,7 @@ void Collector::start(int64_t k_, int64_t capacity, bool affine_, int32_t width_
   rows = low + capacity;
   high = affine ? rows + capacity : nullptr;
   size = 0;
-  limit = std::min(2 * k + 192, capacity - 64);
+  limit = std::min(k + 128, capacity - 64);
   threshold = INT32_MIN;
   float_threshold = -std::numeric_limits<float>::infinity();
 }
