@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from avq_jax.checks import as_count, as_rows, is_traced
 from avq_jax.loss import QueryTerms, Scaling, Threshold, Uniform, Weight, row_norms, scaling
+from avq_jax.mips.balance import balanced_centroids, balanced_leaves
 from avq_jax.mips.exact import METRICS
 from avq_jax.mips.index import Index, Tree, pack_ids
 from avq_jax.mips.packing import pack_tree
@@ -28,6 +29,7 @@ from avq_jax.mips.rescoring import StoreType, check_store_type, store_rows
 from avq_jax.progress import shown, steps
 from avq_jax.quantization import Codebook, decode, encode, fit
 from avq_jax.quantization.codebook import check_magnitude
+from avq_jax.quantization.rows import unit
 from xla_kernels import slots_per_block
 
 __all__ = ["build", "default_threshold"]
@@ -69,6 +71,8 @@ def build(
     weight: Weight | None = None,
     ids: Any = None,
     soar_lambda: float | None = None,
+    balance: float | None = None,
+    spherical: bool = False,
     leaves_to_search: int | None = None,
     rescore_dtype: StoreType | None = "float32",
     num_iterations: int = 12,
@@ -100,6 +104,10 @@ def build(
       soar_lambda: assign every row to a second leaf as well, whose residual is penalised along the
         first one by this factor (1 to 1.5); fewer leaves need searching for the same recall,
         at twice the memory of codes. ``None`` does not.
+      balance: no leaf holds more than this multiple, above 1, of the mean number of rows (second
+        copies not counted), so that no query meets a leaf that is long to scan; ``None`` leaves
+        sizes as k-means makes them, which finds more in as many codes.
+      spherical: k-means with centroids of length 1, for rows that differ in direction alone.
       leaves_to_search: default effort of ``search``; ``None`` takes a tenth of the leaves.
       rescore_dtype: storage of the rescoring rows, ``"float32"``, ``"bfloat16"``, ``"int8"``, or
         ``None`` to keep none.
@@ -138,6 +146,8 @@ def build(
     as_count(num_iterations, name="num_iterations")
     if soar_lambda is not None and not 0 <= soar_lambda < math.inf:
         raise ValueError(f"soar_lambda must be None or a finite number >= 0; got {soar_lambda}")
+    if balance is not None and not 1 < balance < math.inf:
+        raise ValueError(f"balance must be None or a finite number above 1; got {balance}")
     if leaves_to_search is not None:
         as_count(leaves_to_search, name="leaves_to_search")
     weight = None if weight is None else _as_pytree(weight)
@@ -174,6 +184,8 @@ def build(
             num_iterations=num_iterations,
             sample_size=sample_size,
             soar_lambda=soar_lambda,
+            balance=balance,
+            spherical=spherical,
             progress=progress,
         )
     count = 0 if tree is None else tree.centroids.shape[0]
@@ -285,6 +297,8 @@ def _build_tree(
     sample_size: int,
     soar_lambda: float | None,
     progress: bool | None,
+    balance: float | None = None,
+    spherical: bool = False,
 ) -> Tree:
     n = x.shape[0]
     key_sample, key_tree, key_codes = jax.random.split(key, 3)
@@ -296,14 +310,24 @@ def _build_tree(
         sample,
         num_leaves=num_leaves,
         num_iterations=num_iterations,
+        spherical=spherical,
         progress=progress,
     )
+    prices = None
+    if balance is not None:
+        centroids, prices = balanced_centroids(
+            sample, centroids, balance=balance, progress=progress
+        )
+        centroids = unit(centroids) if spherical else centroids
     if soar_lambda is not None and metric != "l2":
         # Ranks leaves better; the longer residuals cost the codes of a row less than its second
         # copy brings.
         near = nearest_centroids(sample, centroids)
         centroids = anisotropic_centroids(sample, near, centroids, eta=_CENTROID_ETA)
-    leaves = nearest_centroids(x, centroids)
+    if balance is None or prices is None:
+        leaves = nearest_centroids(x, centroids)
+    else:
+        leaves = balanced_leaves(x, centroids, prices, balance=balance)
     center = np.asarray(centroids)
 
     few = picked[:: -(-size // min(sample_size, _CODEBOOK_ROWS))]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 import avq_jax
 from avq_jax.mips import filtering
@@ -110,6 +111,25 @@ class TestRecall:
             assert mask[found.ids].all()
             handle = avq_jax.searcher(index, allowed=mask, **options)(q)
             np.testing.assert_array_equal(handle.ids, found.ids)
+
+
+    @pytest.mark.full
+    def test_under_shard_map(self, data, index):
+        x, q = data
+        mesh = Mesh(np.array(jax.devices()[:8]), ("q",))
+        for mask, spec in (
+            (masks(x, 0.2)["ball"], PartitionSpec()),
+            (np.stack([masks(x, 0.2)["ball"], masks(x, 0.01)["random"]] * 8), PartitionSpec("q")),
+        ):
+            split = jax.shard_map(
+                lambda i, q, m: avq_jax.search(i, q, allowed=m, **OPTIONS),
+                mesh=mesh,
+                in_specs=(PartitionSpec(), PartitionSpec("q"), spec),
+                out_specs=PartitionSpec("q"),
+            )
+            found = jax.jit(split)(index, q[:16], mask)
+            whole = avq_jax.search(index, q[:16], allowed=mask, **OPTIONS)
+            np.testing.assert_array_equal(found.ids, whole.ids)
 
 
 class TestEdges:
