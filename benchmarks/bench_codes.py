@@ -127,7 +127,13 @@ def tree(task, m, leaves):
     """Residual codes behind a tree: all leaves without rescoring, and the engine."""
     begin = time.process_time()
     index = avq_jax.build(
-        task.key, task.x, num_leaves=leaves, num_subspaces=m, num_iterations=25, progress=False
+        task.key,
+        task.x,
+        num_leaves=leaves,
+        num_subspaces=m,
+        num_iterations=25,
+        soar_lambda=None,
+        progress=False,
     )
     built = time.process_time() - begin
     rows = []

@@ -41,8 +41,6 @@ _FLAT_ROWS = 50_000
 # Fewest rows that a tree and codebooks are learned from.
 _LEAST_ROWS = 32
 _CHUNK = 1 << 17
-# What codebooks are learned from, and how long: more brought no recall on word vectors.
-_CODEBOOK_ROWS, _CODEBOOK_ITERATIONS = 50_000, 8
 # Of the centroids of spilled leaves: best of 1, 1.5, 2.5, 4 and 8 on word vectors.
 _CENTROID_ETA = 2.5
 
@@ -70,12 +68,12 @@ def build(
     num_codewords: int = 16,
     weight: Weight | None = None,
     ids: Any = None,
-    soar_lambda: float | None = None,
+    soar_lambda: float | Literal["auto"] | None = "auto",
     balance: float | None = None,
     spherical: bool = False,
     leaves_to_search: int | None = None,
     rescore_dtype: StoreType | None = "float32",
-    num_iterations: int = 12,
+    num_iterations: int = 10,
     sample_size: int = 100_000,
     progress: bool | None = None,
 ) -> Index:
@@ -103,7 +101,8 @@ def build(
       ids: ``int64[n]`` ids of the rows for :func:`avq_jax.user_ids`, distinct and >= 0.
       soar_lambda: assign every row to a second leaf as well, whose residual is penalised along the
         first one by this factor (1 to 1.5); fewer leaves need searching for the same recall,
-        at twice the memory of codes. ``None`` does not.
+        at twice the memory of codes. ``None`` does not; ``"auto"`` is 1 from 50,000 rows on,
+        except for ``"l2"``, and ``None`` below.
       balance: no leaf holds more than this multiple, above 1, of the mean number of rows (second
         copies not counted), so that no query meets a leaf that is long to scan; ``None`` leaves
         sizes as k-means makes them, which finds more in as many codes.
@@ -111,8 +110,8 @@ def build(
       leaves_to_search: default effort of ``search``; ``None`` takes a tenth of the leaves.
       rescore_dtype: storage of the rescoring rows, ``"float32"``, ``"bfloat16"``, ``"int8"``, or
         ``None`` to keep none.
-      num_iterations: most iterations of k-means; the codebook learner takes 8 at most.
-      sample_size: rows that centroids are learned from; codebooks take 50,000 of them at most.
+      num_iterations: most iterations of k-means and of the codebook learner.
+      sample_size: rows that centroids are learned from; codebooks are from half of them.
       progress: show progress and what was chosen, sizes and memory; ``None`` does in a terminal
         or notebook.
 
@@ -144,7 +143,10 @@ def build(
     check_store_type(rescore_dtype)
     as_count(sample_size, name="sample_size", minimum=256)
     as_count(num_iterations, name="num_iterations")
-    if soar_lambda is not None and not 0 <= soar_lambda < math.inf:
+    if isinstance(soar_lambda, str):
+        if soar_lambda != "auto":
+            raise ValueError(f"soar_lambda must be a number, None or 'auto'; got {soar_lambda!r}")
+    elif soar_lambda is not None and not 0 <= soar_lambda < math.inf:
         raise ValueError(f"soar_lambda must be None or a finite number >= 0; got {soar_lambda}")
     if balance is not None and not 1 < balance < math.inf:
         raise ValueError(f"balance must be None or a finite number above 1; got {balance}")
@@ -154,6 +156,8 @@ def build(
     x = np.asarray(as_rows(x, name="x"))
     check_magnitude(x)
     n, d = x.shape
+    if isinstance(soar_lambda, str):
+        soar_lambda = 1.0 if n >= _FLAT_ROWS and metric != "l2" else None
     sizes = _sizes(n, d, num_leaves, num_subspaces, num_codewords, spilled=soar_lambda is not None)
     if sizes is None and rescore_dtype is None:
         raise ValueError(
@@ -330,13 +334,14 @@ def _build_tree(
         leaves = balanced_leaves(x, centroids, prices, balance=balance)
     center = np.asarray(centroids)
 
-    few = picked[:: -(-size // min(sample_size, _CODEBOOK_ROWS))]
+    # More rows and iterations brought word vectors no recall.
+    few = picked[:: -(-size // (sample_size // 2))]
     state, _ = fit(
         key_codes,
         x[few] - center[leaves[few]],
         num_subspaces=num_subspaces,
         num_codewords=num_codewords,
-        num_iterations=min(num_iterations, _CODEBOOK_ITERATIONS),
+        num_iterations=num_iterations,
         progress=progress,
         **terms(few),
     )
