@@ -29,7 +29,6 @@ from avq_jax.mips.rescoring import StoreType, check_store_type, store_rows
 from avq_jax.progress import shown, steps
 from avq_jax.quantization import Codebook, decode, encode, fit
 from avq_jax.quantization.codebook import check_magnitude
-from avq_jax.quantization.rows import unit
 from xla_kernels import slots_per_block
 
 __all__ = ["build", "default_threshold"]
@@ -41,7 +40,7 @@ _FLAT_ROWS = 50_000
 # Fewest rows that a tree and codebooks are learned from.
 _LEAST_ROWS = 32
 _CHUNK = 1 << 17
-# Of the centroids of spilled leaves: best of 1, 1.5, 2.5, 4 and 8 on word vectors.
+# Of the centroids: best of 1, 1.5, 2.5, 4 and 8 on word vectors, raw or of length 1.
 _CENTROID_ETA = 2.5
 
 
@@ -106,7 +105,8 @@ def build(
       balance: no leaf holds more than this multiple, above 1, of the mean number of rows (second
         copies not counted), so that no query meets a leaf that is long to scan; ``None`` leaves
         sizes as k-means makes them, which finds more in as many codes.
-      spherical: k-means with centroids of length 1, for rows that differ in direction alone.
+      spherical: k-means with centroids of length 1, for rows that differ in direction alone. As
+        without, Theorem 4.2 then gives the centroids their lengths.
       leaves_to_search: default effort of ``search``; ``None`` takes a tenth of the leaves.
       rescore_dtype: storage of the rescoring rows, ``"float32"``, ``"bfloat16"``, ``"int8"``, or
         ``None`` to keep none.
@@ -317,21 +317,18 @@ def _build_tree(
         spherical=spherical,
         progress=progress,
     )
-    prices = None
+    leaves = None
     if balance is not None:
         centroids, prices = balanced_centroids(
             sample, centroids, balance=balance, progress=progress
         )
-        centroids = unit(centroids) if spherical else centroids
-    if soar_lambda is not None and metric != "l2":
-        # Ranks leaves better; the longer residuals cost the codes of a row less than its second
-        # copy brings.
-        near = nearest_centroids(sample, centroids)
-        centroids = anisotropic_centroids(sample, near, centroids, eta=_CENTROID_ETA)
-    if balance is None or prices is None:
-        leaves = nearest_centroids(x, centroids)
-    else:
         leaves = balanced_leaves(x, centroids, prices, balance=balance)
+    if metric != "l2" and num_leaves > 1:
+        # Ranks leaves better, which brings more than the codes of longer residuals cost.
+        near = nearest_centroids(sample, centroids) if leaves is None else leaves[picked]
+        centroids = anisotropic_centroids(sample, near, centroids, eta=_CENTROID_ETA)
+    if leaves is None:
+        leaves = nearest_centroids(x, centroids)
     center = np.asarray(centroids)
 
     # More rows and iterations brought word vectors no recall.

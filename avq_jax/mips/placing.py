@@ -160,7 +160,11 @@ def put_rows(store: Store, rows: Int32[Array, " b"], x: Float[Array, "b d"]) -> 
     if scale is not None:
         step = jnp.max(jnp.abs(x), axis=1) / 127
         step = jnp.where(step >= np.finfo(np.float32).tiny, step, 0)
-        x = jnp.round(x / jnp.where(step > 0, step, jnp.inf)[:, None])
+        exact = x / jnp.where(step > 0, step, jnp.inf)[:, None]
+        x = jnp.round(exact)
+        # The step of least squared error for these integers, as `store_rows` takes it.
+        square = jnp.sum(x * x, axis=1)
+        step = step * jnp.where(square > 0, jnp.sum(x * exact, axis=1) / jnp.maximum(square, 1), 1)
         scale = scale.at[at].set(step, mode="drop")
     held = None if store.held is None else store.held.at[at].set(True, mode="drop")
     return Store(store.rows.at[at].set(x.astype(store.rows.dtype), mode="drop"), scale, held)

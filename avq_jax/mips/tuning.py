@@ -15,10 +15,12 @@ from avq_jax.progress import steps
 
 __all__ = ["Trial", "Tuned", "tune"]
 
-_RESCORES = (1, 1.5, 2, 3, 5, 8, 12, 20, 40, 100)
+_RESCORES = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 100)
 # Larger leaf counts that are tried beyond the smallest that reaches the target.
-_LARGER = 3
-_ROUNDS = 3
+_LARGER = 5
+# From one number of leaves that is tried to the next.
+_GROWTH = 1.2
+_ROUNDS = 5
 _TIMED_QUERIES = 200
 _CHUNK = 64
 
@@ -177,7 +179,7 @@ def _reaching(
     while count < index.num_leaves:
         if not leaves or round(count) > leaves[-1]:
             leaves.append(round(count))
-        count *= 1.4
+        count *= _GROWTH
     leaves.append(index.num_leaves)
     rescores = [0]
     if index.store is not None:
