@@ -7,6 +7,7 @@ from avq_jax.mips.index import Index, Tree, user_ids
 from avq_jax.mips.io import IndexFormatError, load, save
 from avq_jax.mips.rebalancing import Statistics, rebalance, statistics
 from avq_jax.mips.searcher import search, searcher
+from avq_jax.mips.sharded import ShardedIndex, search_sharded, shard
 from avq_jax.mips.tuning import Tuned, tune
 from avq_jax.mips.updates import Added, add, remove, replace, row_numbers
 
@@ -15,6 +16,7 @@ __all__ = [
     "Index",
     "IndexFormatError",
     "SearchResult",
+    "ShardedIndex",
     "Statistics",
     "Tree",
     "Tuned",
@@ -32,7 +34,9 @@ __all__ = [
     "row_numbers",
     "save",
     "search",
+    "search_sharded",
     "searcher",
+    "shard",
     "statistics",
     "tune",
     "user_ids",
