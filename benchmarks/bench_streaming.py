@@ -93,7 +93,9 @@ def main():
         scores = np.full((args.queries, 10), -np.inf, np.float32)
         ids = np.full((args.queries, 10), -1, np.int64)
         for begin in range(0, args.rows, 1 << 18):
-            found = avq_jax.brute_force(queries, rows[begin : begin + (1 << 18)], k=10, metric="cosine")
+            found = avq_jax.brute_force(
+                queries, rows[begin : begin + (1 << 18)], k=10, metric="cosine"
+            )
             scores = np.concatenate([scores, found.scores], axis=1)
             ids = np.concatenate([ids, np.asarray(found.ids) + begin], axis=1)
             order = np.argsort(-scores, axis=1)[:, :10]

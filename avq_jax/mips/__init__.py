@@ -8,6 +8,7 @@ from avq_jax.mips.io import IndexFormatError, load, save
 from avq_jax.mips.rebalancing import Statistics, rebalance, statistics
 from avq_jax.mips.searcher import search, searcher
 from avq_jax.mips.sharded import ShardedIndex, search_sharded, shard
+from avq_jax.mips.sharded_build import build_sharded
 from avq_jax.mips.streaming import build_to_disk
 from avq_jax.mips.tuning import Tuned, tune
 from avq_jax.mips.updates import Added, add, remove, replace, row_numbers
@@ -24,6 +25,7 @@ __all__ = [
     "add",
     "brute_force",
     "build",
+    "build_sharded",
     "build_to_disk",
     "compact",
     "default_threshold",

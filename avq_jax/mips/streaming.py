@@ -134,7 +134,7 @@ def build_to_disk(
     check_folder(place)
     work = place.with_name(place.name + ".partial")
     work.mkdir(exist_ok=True)
-    with safe_files.locked_folder(work):
+    with _unless_empty(work), safe_files.locked_folder(work):
         journal = Journal(work / "journal.json", told)
         learned = journal.learned(work)
         if learned is None:
@@ -193,6 +193,16 @@ def build_to_disk(
             {name: _part_path(work, name) for name in specs},
         )
     shutil.rmtree(work)
+
+
+@contextlib.contextmanager
+def _unless_empty(work: pathlib.Path) -> Iterator[None]:
+    """Keep a directory after an error only if there is something to go on with."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            work.rmdir()
 
 
 def _shape(source: Any) -> tuple[int, int]:
@@ -280,7 +290,7 @@ def _learn(
         soar_lambda=soar_lambda, progress=progress,
     )  # fmt: skip
     words = np.asarray(tree.codebook.codewords)
-    return Learned(np.asarray(tree.centroids), words, np.float32([T]))
+    return Learned(np.asarray(tree.centroids), words, np.array([T], np.float32))
 
 
 def _encoded(

@@ -5,6 +5,7 @@ from avq_jax.quantization.codebook import Codebook
 from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
 from avq_jax.quantization.lloyd import History, LloydState, fit, lloyd_init, lloyd_update
 from avq_jax.quantization.sgd import fit_sgd
+from avq_jax.quantization.sharded import fit_sharded
 
 __all__ = [
     "BinaryCodec",
@@ -17,6 +18,7 @@ __all__ = [
     "fit",
     "fit_binary",
     "fit_sgd",
+    "fit_sharded",
     "lloyd_init",
     "lloyd_update",
     "lookup_table",

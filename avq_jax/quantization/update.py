@@ -33,7 +33,16 @@ from avq_jax.quantization.rows import (
     row_losses,
 )
 
-__all__ = ["Solver", "Update", "choose_solver", "over_devices", "reconstruct", "row_losses", "solve", "worst_rows"]
+__all__ = [
+    "Solver",
+    "Update",
+    "choose_solver",
+    "over_devices",
+    "reconstruct",
+    "row_losses",
+    "solve",
+    "worst_rows",
+]
 
 # "mean" solves the reconstruction loss, and that alone.
 Solver = Literal["auto", "dense", "cg", "mean"]
@@ -140,7 +149,7 @@ def solve(
     return Update(codewords + delta * scale, used[..., 0], before)
 
 
-def over_devices(total: Float[Array, "..."], axis: str | None) -> Float[Array, "..."]:
+def over_devices(total: Float[Array, ...], axis: str | None) -> Float[Array, ...]:
     """Sum over the devices of a mesh axis; the value itself without one."""
     return total if axis is None else jax.lax.psum(total, axis)
 
@@ -231,7 +240,12 @@ def _dense_joint(right, scale, isotropic, codes, blocks, axis):
 
     start = jnp.zeros((first.shape[0], k * k, s * s), jnp.float32)
     pairs, _ = jax.lax.scan(add, start, (codes, blocks))
-    pairs = over_devices(pairs, axis).reshape(-1, k, k, s, s).transpose(0, 1, 3, 2, 4).reshape(-1, k * s, k * s)
+    pairs = (
+        over_devices(pairs, axis)
+        .reshape(-1, k, k, s, s)
+        .transpose(0, 1, 3, 2, 4)
+        .reshape(-1, k * s, k * s)
+    )
     gram = jnp.zeros((m, m, k * s, k * s), jnp.float32)
     gram = gram.at[second, first].set(pairs.transpose(0, 2, 1)).at[first, second].set(pairs)
     gram = gram.transpose(0, 2, 1, 3).reshape(m * k * s, m * k * s)

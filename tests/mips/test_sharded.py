@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 import avq_jax
+from avq_jax.mips.packing import coded_rows
 from avq_jax.mips.rescoring import store_rows
 
 from .conftest import LEAVES, SIZES, D, N
@@ -33,7 +34,7 @@ def assert_same(one, two):
     [
         ("dot", 40),
         ("l2", 40),
-        ("dot", 0),
+        pytest.param("dot", 0, marks=pytest.mark.full),
         pytest.param("cosine", 40, marks=pytest.mark.full),
         pytest.param("l2", 0, marks=pytest.mark.full),
     ],
@@ -134,3 +135,45 @@ def test_two_processes(index, queries, tmp_path):
     wanted = avq_jax.search(index, queries, **options)
     for i in range(2):
         np.testing.assert_array_equal(np.load(tmp_path / f"{i}.npy"), wanted.ids)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+def test_sharded_build_is_that_of_one_device(indexes, rows, metric):
+    """k-means, normal equations and codes over eight devices, against `build`."""
+    one = indexes[metric]
+    many = avq_jax.build_sharded(
+        jax.random.key(0), rows, mesh=mesh_of(8), axis="shards", metric=metric, **SIZES
+    )
+    np.testing.assert_allclose(many.tree.centroids, one.tree.centroids, rtol=1e-4, atol=1e-4)
+    a, b = coded_rows(many.tree, N), coded_rows(one.tree, N)
+    assert (a.leaves == b.leaves).mean() > 0.99
+    np.testing.assert_allclose(
+        many.tree.codebook.codewords, one.tree.codebook.codewords, rtol=1e-2, atol=1e-2
+    )
+    assert (a.codes == b.codes).mean() > 0.98
+    if metric == "l2":
+        same = (a.codes == b.codes).all(axis=1) & (a.leaves == b.leaves)
+        np.testing.assert_allclose(a.offset[same], b.offset[same], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("m", [pytest.param(1, marks=pytest.mark.full), 3])
+def test_sharded_learner_takes_the_same_steps(rows, m):
+    """Three iterations, where rounding has no time to lead elsewhere: dense, joint, and m = 1."""
+    x = rows[:592]
+    norms = np.linalg.norm(x, axis=1)
+    scaling = avq_jax.scaling(avq_jax.Threshold(0.5), norms, dim=D)
+    options = {"num_subspaces": m, "num_codewords": 8, "num_iterations": 3, "tolerance": 0.0}
+    one, history = avq_jax.fit(jax.random.key(2), x, scaling, **options)
+    many, histories = avq_jax.fit_sharded(
+        jax.random.key(2), x, scaling, mesh=mesh_of(8), axis="shards", **options
+    )
+    np.testing.assert_allclose(histories.loss, history.loss, rtol=1e-4)
+    np.testing.assert_allclose(
+        many.codebook.codewords, one.codebook.codewords, rtol=1e-3, atol=1e-3
+    )
+    np.testing.assert_allclose(histories.usage, history.usage)
+    with pytest.raises(ValueError, match="multiple of 8 rows"):
+        avq_jax.fit_sharded(
+            jax.random.key(2), rows[:593], mesh=mesh_of(8), axis="shards", num_subspaces=m
+        )

@@ -103,7 +103,7 @@ def test_goes_on_after_a_kill(rows, tmp_path, monkeypatch, chunk):
     assert not work.exists()
 
 
-def test_faults(rows, tmp_path):
+def test_faults(rows, tmp_path, monkeypatch):
     bad = rows.copy()
     bad[1400, 2] = np.inf
     sources = [
@@ -122,7 +122,12 @@ def test_faults(rows, tmp_path):
         pytest.raises(ValueError, match="20 rows, too few"),
     ):
         write(rows[:20], tmp_path / "b")
-    # The build of bad rows stays to go on with, for the same arguments alone.
+    assert not list(tmp_path.glob("*.partial"))
+    # A build to go on with is for the same arguments alone.
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_encoded", None)
+        with pytest.raises(TypeError):
+            write(rows, tmp_path / "a")
     with pytest.raises(ValueError, match=re.escape("other arguments; remove")):
         write(rows, tmp_path / "a", num_leaves=8)
     (tmp_path / "mine").mkdir()
