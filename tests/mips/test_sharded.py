@@ -177,3 +177,16 @@ def test_sharded_learner_takes_the_same_steps(rows, m):
         avq_jax.fit_sharded(
             jax.random.key(2), rows[:593], mesh=mesh_of(8), axis="shards", num_subspaces=m
         )
+
+
+@pytest.mark.full
+def test_rows_in_order_of_their_clusters(rows):
+    """All of the best rows lie on one device, which must be asked for more than its share."""
+    x = np.array(rows)
+    x[:75] = 5 * x[0] + x[:75] / 10
+    index = avq_jax.build(jax.random.key(0), x, **SIZES)
+    options = {"k": 20, "leaves_to_search": LEAVES, "rescore": 70, "implementation": "xla"}
+    parts = avq_jax.shard(index, mesh_of(8), axis="shards")
+    one = avq_jax.search(index, x[:6], **options)
+    assert (np.asarray(one.ids) < 75).all()
+    assert_same(avq_jax.search_sharded(parts, x[:6], **options), one)
