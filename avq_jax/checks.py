@@ -202,7 +202,9 @@ def check_finite(x: Float[Array | np.ndarray, "n *rest"], *, name: str) -> None:
                 return
         bad = ~np.isfinite(x.reshape(x.shape[0], -1)).all(axis=1)
     else:
-        bad = np.asarray(_bad_rows(x))
+        # Also while something else is traced around a concrete array.
+        with jax.ensure_compile_time_eval():
+            bad = np.asarray(_bad_rows(x))
     count = int(bad.sum())
     if count:
         raise ValueError(

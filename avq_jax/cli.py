@@ -188,8 +188,8 @@ def _add_build(command: Any) -> None:
         "build",
         "learn codes for rows and save an index",
         "Build an index of the rows of a file. Sizes left out are chosen from the data:\n"
-        "below 20,000 rows exact scoring, above sqrt(n) leaves and a code of half a byte for\n"
-        "two columns.",
+        "below 20,000 rows exact scoring, below 50,000 a scan of all codes, above sqrt(n) leaves;\n"
+        "a code is half a byte for two columns, or for four beyond 128 columns.",
         "  avq-jax build base.npy base.index --metric l2\n"
         "  avq-jax build glove-100.hdf5 glove.safetensors --rescore-dtype int8\n"
         "  avq-jax build base.fbin base.index --leaves 2000 --subspaces 50 --threshold 0.2",
@@ -248,16 +248,29 @@ def _add_searching(command: Any) -> None:
         "  avq-jax tune glove.index glove-100.hdf5 --target-recall 0.95 --first 1000",
     )
     tune.add_argument("--target-recall", type=_fraction, default=0.95, help="default: %(default)s")
-    for each in (search, evaluate, tune):
+    explain = command(
+        "explain",
+        "why a row was or was not returned",
+        "Tell at which stage a search lost a row: the ranks of its leaves, the errors of its\n"
+        "codes, its exact score and that of the results.",
+        "  avq-jax explain glove.index glove-100.hdf5 --query 3 --id 1234\n"
+        "  avq-jax explain glove.index queries.npy --id 1234 --leaves 20 --rescore 50 --json",
+    )
+    explain.add_argument("--id", type=_from_zero, required=True, help="user id, or row number")
+    explain.add_argument(
+        "--query", type=_from_zero, default=0, metavar="N", help="which query (default: 0)"
+    )
+    for each in (search, evaluate, tune, explain):
         each.add_argument("index", metavar="INDEX", help="a saved index")
         each.add_argument("queries", metavar="QUERIES", help="a file of rows")
         each.add_argument("--k", type=_count, default=10, help="results (default: %(default)s)")
-        each.add_argument("--first", type=_count, metavar="N", help="only the first N queries")
+        if each is not explain:
+            each.add_argument("--first", type=_count, metavar="N", help="only the first N queries")
         _add_reading(each, part="test")
         if each is not tune:
             each.add_argument("--leaves", type=_count, help="leaves searched")
             each.add_argument("--rescore", type=_from_zero, help="rows rescored, 0 for none")
-        if each is not search:
+        if each in (evaluate, tune):
             each.add_argument("--truth", metavar="FILE", help="true row numbers, .ivecs or .npy")
 
 

@@ -20,7 +20,18 @@ from avq_jax.mips.io import describe
 from avq_jax.mips.tuning import tune as find_settings
 from avq_jax.progress import steps
 
-__all__ = ["Report", "build", "convert", "eval", "export", "info", "search", "tune", "verify"]
+__all__ = [
+    "Report",
+    "build",
+    "convert",
+    "eval",
+    "explain",
+    "export",
+    "info",
+    "search",
+    "tune",
+    "verify",
+]
 
 _CHUNK = 65_536
 _QUERIES = 1024
@@ -79,8 +90,15 @@ def build(args: argparse.Namespace) -> Report:
         skipped = len(rows.malformed)
     avq_jax.save(index, args.index)
     told = describe(args.index)
-    values = {"index": args.index, "seconds": seconds, "skipped_lines": skipped, **told}
-    text = f"{index}\nbuilt in {seconds:.1f} s, saved to {args.index} ({_size(told['bytes'])})"
+    memory = index.bytes_per_row
+    values = {
+        "index": args.index, "seconds": seconds, "skipped_lines": skipped,
+        "bytes_per_row": {**memory._asdict(), "total": memory.total}, **told,
+    }  # fmt: skip
+    text = (
+        f"{index}\n{memory}\n"
+        f"built in {seconds:.1f} s, saved to {args.index} ({_size(told['bytes'])})"
+    )
     return Report(values, text + (f"\nskipped {skipped} malformed lines" if skipped else ""))
 
 
@@ -186,6 +204,24 @@ def eval(args: argparse.Namespace) -> Report:
     return Report(values, text)
 
 
+def explain(args: argparse.Namespace) -> Report:
+    """Tell why a row was or was not returned for one query."""
+    index = avq_jax.load(args.index)
+    with _rows(args.queries, args) as rows:
+        if args.query >= len(rows):
+            raise ValueError(f"--query must be below the {len(rows)} queries; got {args.query}")
+        query = np.asarray(rows[args.query : args.query + 1])[0]
+    found = avq_jax.explain(
+        index, query, args.id, k=args.k, leaves_to_search=args.leaves, rescore=args.rescore
+    )
+    values = {**found._asdict(), "copies": [copy._asdict() for copy in found.copies]}
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+    return Report(finite, f"{found}")
+
+
 def tune(args: argparse.Namespace) -> Report:
     """Find the cheapest settings that reach a recall."""
     index = avq_jax.load(args.index)
@@ -270,6 +306,7 @@ def info(args: argparse.Namespace) -> Report:
             f"{told['format_version']}, written by avq_jax {told['library_version']}",
             *(
                 f"  {name:<12}{tensor['dtype']:>5} {tensor['shape']!s:<18}{_size(tensor['bytes'])}"
+                f", {tensor['bytes'] / max(told['num_rows'], 1):.1f} a row"
                 for name, tensor in told["tensors"].items()
             ),
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-__all__ = ["steps"]
+__all__ = ["shown", "steps"]
 
 
 def steps(count: int, label: str, show: bool | None) -> Iterator[int]:
@@ -19,15 +19,22 @@ def steps(count: int, label: str, show: bool | None) -> Iterator[int]:
     >>> list(steps(3, "counting", False))
     [0, 1, 2]
     """
-    if show is None:
-        show = sys.stderr.isatty() or "ipykernel" in sys.modules
-    if not show:
+    if not shown(show):
         return iter(range(count))
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return _lines(count, label)
     return iter(tqdm(range(count), desc=label, leave=False))
+
+
+def shown(show: bool | None) -> bool:
+    """Whether progress is shown, where ``None`` asks if anybody looks.
+
+    >>> shown(True)
+    True
+    """
+    return (sys.stderr.isatty() or "ipykernel" in sys.modules) if show is None else show
 
 
 def _lines(count: int, label: str) -> Iterator[int]:

@@ -73,6 +73,44 @@ def _search(result: dict) -> str:
     return "\n".join([*lines, "", _environment(result)])
 
 
+def _filters(result: dict) -> str:
+    lines = [
+        f"{result['rows']:,} rows and {result['queries']:,} queries of `{result['dataset']}`, unit "
+        f"rows, {result['leaves']} leaves of {result['num_leaves']} searched, {result['rescore']} "
+        f"rescored: recall 10@10 {result['unfiltered']['recall']:.3f} without a filter. Masks: "
+        "rows at random, those nearest to one row, those nearest to any of 30 rows, a range of row "
+        "numbers (words by frequency). Microseconds a query on one core: a prepared `searcher`, "
+        f"{result['unfiltered']['handle_us']:.0f} without a filter; and one batch with the mask.",
+        "",
+        "| allowed | mask | recall 10@10 | searcher | batch |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["masks"]:
+        lines.append(
+            f"| {100 * row['share']:g} % | {row['kind']} | {row['recall']:.3f} "
+            f"| {row['handle_us']:.0f} | {row['batch_us']:.0f} |"
+        )
+    return "\n".join([*lines, "", _environment(result)])
+
+
+def _mips(result: dict) -> str:
+    work = result["codes_read_by_scann_at_0.87"]
+    lines = [
+        f"{result['rows']:,} raw rows and {result['queries']:,} queries of "
+        f"`{result['dataset']}`, recall 10@10 by inner product, 600 leaves, 100 rescored. Codes "
+        "read a query count both copies of spilled rows.",
+        "",
+        f"| index | at {work / 1000:.0f}k codes | all leaves | all, 10 rescored | build, s |",
+        "|---|---|---|---|---|",
+    ]
+    for side, told in result["sides"].items():
+        lines.append(
+            f"| {side} | {told['recall_at_that_work']:.3f} | {told['points'][-1]['recall']:.3f} "
+            f"| {told['all_leaves_rescore_10']:.3f} | {told['build_cpu_s']:.0f} |"
+        )
+    return "\n".join([*lines, "", _environment(result)])
+
+
 def _adc(result: dict) -> str:
     lines = [
         "Flat scan of 4-bit codes with selection of the best 100, CPU nanoseconds a point and "
@@ -109,6 +147,8 @@ def _binary(result: dict) -> str:
 TABLES: dict[str, Callable[[dict], str]] = {
     "codes": _codes,
     "search_glove6b-100": _search,
+    "filters_glove6b-100": _filters,
+    "mips_glove6b-100": _mips,
     "adc": _adc,
     "binary": _binary,
 }

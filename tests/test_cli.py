@@ -73,7 +73,17 @@ def test_help_is_quick_and_teaches():
         assert done.returncode == 0
     assert "avq-jax build glove-100.hdf5" in done.stdout
     assert "exit codes" in done.stdout
-    for command in ["demo", "build", "search", "eval", "tune", "info", "verify", "convert"]:
+    for command in [
+        "demo",
+        "build",
+        "search",
+        "eval",
+        "tune",
+        "explain",
+        "info",
+        "verify",
+        "convert",
+    ]:
         assert command in done.stdout
     # The machine may be busy with other tests; alone it takes half of this.
     assert min(took) < 1.5 * max(1.0, os.getloadavg()[0])
@@ -228,6 +238,18 @@ def test_tune_reaches_its_target(place, capsys):
     assert avq_jax.recall_k_at_k(found.ids, true, k=10) == pytest.approx(told["recall"])
 
 
+def test_explain_tells_the_stage(place, capsys):
+    words = ["explain", place / "tree", place / "q.npy", "--query", 2, "--k", 3]
+    best = avq_jax.search(avq_jax.load(place / "tree"), np.load(place / "q.npy")[2], k=3).ids
+    code, told, _ = called(capsys, *words, "--id", int(best[0]), "--json")
+    assert (code, told["stage"], told["place"]) == (0, "returned", 1)
+    code, text, _ = called(capsys, *words, "--id", int(best[0]))
+    assert "returned at place 1 of 3" in text
+    code, _, said = called(capsys, *words, "--id", 400)
+    assert code == 1
+    assert "id must be below the number of rows, 400" in said
+
+
 def test_tune_says_what_it_cannot_do(place):
     index, q = avq_jax.load(place / "tree"), np.load(place / "q.npy")
     with pytest.raises(ValueError, match="target_recall must be above 0"):
@@ -285,7 +307,7 @@ def test_wrong_usage_exits_2(words, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["build", "search", "eval", "tune", "info", "verify", "convert", "demo"]
+    "command", ["build", "search", "eval", "tune", "explain", "info", "verify", "convert", "demo"]
 )
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as exited:

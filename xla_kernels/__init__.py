@@ -2,10 +2,12 @@
 
 from .adc.api import adc_scores as adc_scores
 from .adc.api import adc_top_k as adc_top_k
+from .additive.api import assign_additive_codes as assign_additive_codes
 from .encode.api import assign_codes as assign_codes
 from .implementations import available_implementations as available_implementations
 from .implementations import export_checks as export_checks
 from .layout import PackedCodes as PackedCodes
+from .layout import code_rows as code_rows
 from .layout import pack_codes as pack_codes
 from .layout import unpack_codes as unpack_codes
 from .rescore.api import dot_top_k as dot_top_k

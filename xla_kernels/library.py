@@ -30,6 +30,7 @@ TARGETS = (
     "xla_kernels_tree_search",
     "xla_kernels_dot_top_k",
     "xla_kernels_rescore_top_k",
+    "xla_kernels_additive",
     "xla_kernels_encode",
 )
 

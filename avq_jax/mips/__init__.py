@@ -3,6 +3,7 @@
 from avq_jax.mips.build import build, default_threshold
 from avq_jax.mips.capacity import compact, held_rows, reserve
 from avq_jax.mips.exact import SearchResult, brute_force
+from avq_jax.mips.explain import Explanation, explain
 from avq_jax.mips.index import Index, Tree, user_ids
 from avq_jax.mips.io import IndexFormatError, load, save
 from avq_jax.mips.rebalancing import Statistics, rebalance, statistics
@@ -15,6 +16,7 @@ from avq_jax.mips.updates import Added, add, remove, replace, row_numbers
 
 __all__ = [
     "Added",
+    "Explanation",
     "Index",
     "IndexFormatError",
     "SearchResult",
@@ -29,6 +31,7 @@ __all__ = [
     "build_to_disk",
     "compact",
     "default_threshold",
+    "explain",
     "held_rows",
     "load",
     "rebalance",

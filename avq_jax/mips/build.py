@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from avq_jax.checks import as_count, as_rows, is_traced
 from avq_jax.loss import QueryTerms, Scaling, Threshold, Uniform, Weight, row_norms, scaling
+from avq_jax.mips.balance import balanced_centroids, balanced_leaves
 from avq_jax.mips.exact import METRICS
 from avq_jax.mips.index import Index, Tree, pack_ids
 from avq_jax.mips.packing import pack_tree
@@ -25,18 +26,23 @@ from avq_jax.mips.partition import (
     train_centroids,
 )
 from avq_jax.mips.rescoring import StoreType, check_store_type, store_rows
-from avq_jax.progress import steps
+from avq_jax.progress import shown, steps
 from avq_jax.quantization import Codebook, decode, encode, fit
 from avq_jax.quantization.codebook import check_magnitude
+from avq_jax.quantization.rows import unit
 from xla_kernels import slots_per_block
 
 __all__ = ["build", "default_threshold"]
 
-# Below this many rows exact scoring is as fast as anything.
+# Below this many rows exact scoring is as fast as anything, and below this many a scan of all
+# codes, which loses no row to an unprobed leaf.
 _EXACT_ROWS = 20_000
+_FLAT_ROWS = 50_000
 # Fewest rows that a tree and codebooks are learned from.
 _LEAST_ROWS = 32
 _CHUNK = 1 << 17
+# What codebooks are learned from, and how long: more brought no recall on word vectors.
+_CODEBOOK_ROWS, _CODEBOOK_ITERATIONS = 50_000, 8
 # Of the centroids of spilled leaves: best of 1, 1.5, 2.5, 4 and 8 on word vectors.
 _CENTROID_ETA = 2.5
 
@@ -65,6 +71,8 @@ def build(
     weight: Weight | None = None,
     ids: Any = None,
     soar_lambda: float | None = None,
+    balance: float | None = None,
+    spherical: bool = False,
     leaves_to_search: int | None = None,
     rescore_dtype: StoreType | None = "float32",
     num_iterations: int = 12,
@@ -84,8 +92,9 @@ def build(
       key: a typed key, ``jax.random.key(seed)``; the same key gives the same index.
       x: ``[n, d]`` rows, of any real dtype.
       metric: ``"dot"``, ``"cosine"`` or ``"l2"``.
-      num_leaves: L; ``None`` takes sqrt(n), and exact scoring without a tree or codes below
-        20,000 rows unless ``num_subspaces`` is given. 1 is a flat scan of the codes.
+      num_leaves: L; ``None`` chooses by size: below 20,000 rows exact scoring without codes
+        (unless ``num_subspaces`` is given), below 50,000 codes in one leaf, all of which are
+        scanned (unless ``soar_lambda`` is given), then sqrt(n) leaves.
       num_subspaces: m, bytes a code at 16 codewords are m / 2; ``None`` takes two columns a
         subspace, four beyond 128 columns.
       num_codewords: k, 2 to 256.
@@ -95,12 +104,17 @@ def build(
       soar_lambda: assign every row to a second leaf as well, whose residual is penalised along the
         first one by this factor (1 to 1.5); fewer leaves need searching for the same recall,
         at twice the memory of codes. ``None`` does not.
+      balance: no leaf holds more than this multiple, above 1, of the mean number of rows (second
+        copies not counted), so that no query meets a leaf that is long to scan; ``None`` leaves
+        sizes as k-means makes them, which finds more in as many codes.
+      spherical: k-means with centroids of length 1, for rows that differ in direction alone.
       leaves_to_search: default effort of ``search``; ``None`` takes a tenth of the leaves.
       rescore_dtype: storage of the rescoring rows, ``"float32"``, ``"bfloat16"``, ``"int8"``, or
         ``None`` to keep none.
-      num_iterations: most iterations of k-means and of the codebook learner.
-      sample_size: rows that centroids and codebooks are learned from.
-      progress: show progress and what was chosen; ``None`` does in a terminal or notebook.
+      num_iterations: most iterations of k-means; the codebook learner takes 8 at most.
+      sample_size: rows that centroids are learned from; codebooks take 50,000 of them at most.
+      progress: show progress and what was chosen, sizes and memory; ``None`` does in a terminal
+        or notebook.
 
     Returns:
       :class:`avq_jax.Index`.
@@ -132,13 +146,15 @@ def build(
     as_count(num_iterations, name="num_iterations")
     if soar_lambda is not None and not 0 <= soar_lambda < math.inf:
         raise ValueError(f"soar_lambda must be None or a finite number >= 0; got {soar_lambda}")
+    if balance is not None and not 1 < balance < math.inf:
+        raise ValueError(f"balance must be None or a finite number above 1; got {balance}")
     if leaves_to_search is not None:
         as_count(leaves_to_search, name="leaves_to_search")
     weight = None if weight is None else _as_pytree(weight)
     x = np.asarray(as_rows(x, name="x"))
     check_magnitude(x)
     n, d = x.shape
-    sizes = _sizes(n, d, num_leaves, num_subspaces, num_codewords)
+    sizes = _sizes(n, d, num_leaves, num_subspaces, num_codewords, spilled=soar_lambda is not None)
     if sizes is None and rescore_dtype is None:
         raise ValueError(
             f"rescore_dtype must not be None where rows are scored exactly, as {n} rows are here; "
@@ -154,12 +170,13 @@ def build(
         weight = Uniform() if metric == "l2" else Threshold(jnp.float32(T))
 
     tree = None
+    terms = _loss_terms(weight, norms, x, metric)
     if sizes is not None:
         leaves, m = sizes
         tree = _build_tree(
             key,
             x,
-            _loss_terms(weight, norms, x, metric),
+            terms,
             metric=metric,
             num_leaves=leaves,
             num_subspaces=m,
@@ -167,12 +184,18 @@ def build(
             num_iterations=num_iterations,
             sample_size=sample_size,
             soar_lambda=soar_lambda,
+            balance=balance,
+            spherical=spherical,
             progress=progress,
         )
     count = 0 if tree is None else tree.centroids.shape[0]
     index = Index(
         tree=tree,
-        store=None if rescore_dtype is None else store_rows(x, rescore_dtype),
+        store=None
+        if rescore_dtype is None
+        else store_rows(
+            x, rescore_dtype, None if metric == "l2" else terms(slice(None))["scaling"]
+        ),
         ids=packed,
         weight=weight,
         metric=metric,
@@ -180,8 +203,8 @@ def build(
         dim=d,
         leaves_to_search=leaves_to_search or max(1, min(count, max(8, math.ceil(count / 10)))),
     )
-    if progress or (progress is None and sys.stderr.isatty()):
-        print(index, file=sys.stderr)
+    if shown(progress):
+        print(f"{index}\n{index.bytes_per_row}", file=sys.stderr)
     return index
 
 
@@ -199,13 +222,21 @@ def _as_pytree(weight: Any) -> Any:
 
 
 def _sizes(
-    n: int, d: int, num_leaves: Any, num_subspaces: Any, num_codewords: Any
+    n: int,
+    d: int,
+    num_leaves: Any,
+    num_subspaces: Any,
+    num_codewords: Any,
+    *,
+    spilled: bool = False,
 ) -> tuple[int, int] | None:
     """Leaves and subspaces of the tree, or ``None`` where all rows are scored exactly."""
     k = as_count(num_codewords, name="num_codewords", minimum=2)
     if k > 256:
         raise ValueError(f"num_codewords must be at most 256, so that codes are bytes; got {k}")
-    leaves = round(math.sqrt(n)) if num_leaves is None else as_count(num_leaves, name="num_leaves")
+    leaves = 1 if n < _FLAT_ROWS and not spilled else round(math.sqrt(n))
+    if num_leaves is not None:
+        leaves = as_count(num_leaves, name="num_leaves")
     m = math.ceil(d / 2) if d <= 128 else max(64, math.ceil(d / 4))
     if num_subspaces is not None:
         m = as_count(num_subspaces, name="num_subspaces")
@@ -266,6 +297,8 @@ def _build_tree(
     sample_size: int,
     soar_lambda: float | None,
     progress: bool | None,
+    balance: float | None = None,
+    spherical: bool = False,
 ) -> Tree:
     n = x.shape[0]
     key_sample, key_tree, key_codes = jax.random.split(key, 3)
@@ -277,23 +310,33 @@ def _build_tree(
         sample,
         num_leaves=num_leaves,
         num_iterations=num_iterations,
+        spherical=spherical,
         progress=progress,
     )
+    prices = None
+    if balance is not None:
+        centroids, prices = balanced_centroids(
+            sample, centroids, balance=balance, progress=progress
+        )
+        centroids = unit(centroids) if spherical else centroids
     if soar_lambda is not None and metric != "l2":
         # Ranks leaves better; the longer residuals cost the codes of a row less than its second
         # copy brings.
         near = nearest_centroids(sample, centroids)
         centroids = anisotropic_centroids(sample, near, centroids, eta=_CENTROID_ETA)
-    leaves = nearest_centroids(x, centroids)
+    if balance is None or prices is None:
+        leaves = nearest_centroids(x, centroids)
+    else:
+        leaves = balanced_leaves(x, centroids, prices, balance=balance)
     center = np.asarray(centroids)
 
-    few = picked[:: -(-size // sample_size)]
+    few = picked[:: -(-size // min(sample_size, _CODEBOOK_ROWS))]
     state, _ = fit(
         key_codes,
         x[few] - center[leaves[few]],
         num_subspaces=num_subspaces,
         num_codewords=num_codewords,
-        num_iterations=num_iterations,
+        num_iterations=min(num_iterations, _CODEBOOK_ITERATIONS),
         progress=progress,
         **terms(few),
     )

@@ -13,7 +13,35 @@ from jaxtyping import UInt32
 from avq_jax.quantization import Codebook
 from xla_kernels import PackedTree
 
-__all__ = ["Index", "Tree", "user_ids"]
+__all__ = ["BytesPerRow", "Index", "Tree", "user_ids"]
+
+
+class BytesPerRow(NamedTuple):
+    """Bytes of memory a row; the sum is that of all arrays over the number of rows.
+
+    Attributes:
+      codes: packed codes of all its copies, with the padding of leaves to whole blocks.
+      slots: row numbers, offsets and marks of the places in leaves.
+      rows: the stored row and, for int8, its step.
+      ids: user id.
+      shared: its part of what all rows share, centroids and codewords.
+    """
+
+    codes: float
+    slots: float
+    rows: float
+    ids: float
+    shared: float
+
+    @property
+    def total(self) -> float:
+        """Sum of all parts."""
+        return sum(self)
+
+    def __repr__(self) -> str:
+        parts = zip(self._fields, self, strict=True)
+        told = " + ".join(f"{name} {size:.1f}" for name, size in parts if size)
+        return f"{self.total:.1f} bytes a row ({told})"
 
 
 class Tree(NamedTuple):
@@ -96,6 +124,23 @@ class Index:
         if self.tree is None:
             return 0.0
         return self.tree.codebook.bits / 8 + (0 if self.tree.offset is None else 4)
+
+    @property
+    def bytes_per_row(self) -> BytesPerRow:
+        """Memory of a row, by what it is spent on."""
+        n = max(self.num_rows, 1)
+
+        def each(*arrays: Any) -> float:
+            return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) / n
+
+        if self.tree is None:
+            return BytesPerRow(0.0, 0.0, each(self.store), each(self.ids), 0.0)
+        packed = self.tree.packed
+        slots = (packed.slot_rows, packed.usable, packed.slot_offset)
+        codes, places = each(packed.codes), each(*slots)
+        return BytesPerRow(
+            codes, places, each(self.store), each(self.ids), each(packed) - codes - places
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32, Int64
 
 from avq_jax.loss import Scaling
 from avq_jax.progress import steps
-from avq_jax.quantization.rows import Rows, in_blocks
+from avq_jax.quantization.rows import Rows, in_blocks, unit
 from avq_jax.quantization.update import over_devices, solve, worst_rows
 
 __all__ = [
@@ -99,6 +99,7 @@ def train_centroids(
     num_leaves: int,
     num_iterations: int = 12,
     tolerance: float = 1e-3,
+    spherical: bool = False,
     progress: bool | None = False,
 ) -> Float[Array, "L d"]:
     """Learn leaf centroids by k-means (Lloyd, 1982), from random distinct rows.
@@ -109,6 +110,7 @@ def train_centroids(
       num_leaves: L.
       num_iterations: most iterations.
       tolerance: stop when an iteration lowers the mean squared distance by a smaller fraction.
+      spherical: give centroids length 1 after every iteration (Dhillon and Modha, 2001).
       progress: show a progress bar.
 
     Returns:
@@ -116,10 +118,12 @@ def train_centroids(
     """
     centroids = x[jax.random.choice(key, x.shape[0], (num_leaves,), replace=False)]
     if num_leaves == 1:
-        return jnp.mean(x, axis=0, keepdims=True)
+        centroids = jnp.mean(x, axis=0, keepdims=True)
+        return unit(centroids) if spherical else centroids
     previous = np.inf
     for _ in steps(num_iterations, "partitioning", progress):
         centroids, loss = _k_means_step(x, centroids)
+        centroids = unit(centroids) if spherical else centroids
         if previous - (loss := float(loss)) <= tolerance * loss:
             break
         previous = loss

@@ -14,11 +14,13 @@ from jaxtyping import Array, Bool, Float
 from avq_jax.checks import as_count, as_queries, is_traced
 from avq_jax.mips.exact import SearchResult
 from avq_jax.mips.exact import _power_of_two as power_of_two
+from avq_jax.mips.filtering import filtered_search, restrict
 from avq_jax.mips.index import Index
-from avq_jax.mips.rescoring import rough_scores
+from avq_jax.mips.rescoring import Store, rough_scores
 from avq_jax.quantization.rows import unit
 from xla_kernels import (
     Implementation,
+    PackedTree,
     best_rows,
     direct_tree_search,
     row_scores,
@@ -42,7 +44,7 @@ _LARGE = 2.0**40
 _MAX = float(jnp.finfo(jnp.float32).max)
 
 
-class _Effort(NamedTuple):
+class Effort(NamedTuple):
     """Static settings of a search."""
 
     k: int
@@ -51,9 +53,10 @@ class _Effort(NamedTuple):
     implementation: Implementation | None
 
 
-def _effort(
+def effort_of(
     index: Index, k: Any, leaves_to_search: Any, rescore: Any, implementation: Any
-) -> _Effort:
+) -> Effort:
+    """Settings of a search, checked, with the defaults of the index."""
     k = as_count(k, name="k")
     if leaves_to_search is None:
         leaves_to_search = index.leaves_to_search
@@ -68,10 +71,10 @@ def _effort(
         )
     if 0 < rescore < k:
         raise ValueError(f"rescore must be 0 (off) or at least k = {k}; got {rescore}")
-    return _Effort(k, leaves, rescore, implementation)
+    return Effort(k, leaves, rescore, implementation)
 
 
-def _as_mask(allowed: Any, b: Any, n: int) -> Any:
+def _as_mask(allowed: Any, b: int | None, n: int) -> Any:
     if allowed is None:
         return None
     allowed = jnp.asarray(allowed)
@@ -79,8 +82,10 @@ def _as_mask(allowed: Any, b: Any, n: int) -> Any:
         raise TypeError(
             f"allowed must be a boolean mask over the rows, not a list of ids; got {allowed.dtype}"
         )
-    if allowed.shape not in ((n,), (b, n)):
-        raise ValueError(f"allowed must have shape ({n},) or ({b}, {n}); got {allowed.shape}")
+    shapes = [(n,)] if b is None else [(n,), (b, n)]
+    if allowed.shape not in shapes:
+        wanted = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"allowed must have shape {wanted}; got {allowed.shape}")
     return allowed
 
 
@@ -110,7 +115,9 @@ def search(
       rescore: candidates scored again from the stored rows; 0 turns it off, so that scores are
         estimates from the codes alone; ``None`` takes ``max(10 k, 100)``, or 0 without stored
         rows. An index without a tree always scores its stored rows.
-      allowed: boolean mask ``[n]`` or ``[b, n]`` of rows that may be returned.
+      allowed: boolean mask ``[n]`` or ``[b, n]`` of rows that may be returned. Where it allows
+        few rows (n / 64, or 4,096 if that is more) they are scored exactly; where it allows more,
+        up to 16 times as many leaves are probed, so that recall does not fall.
       implementation: of the scan, ``"cpu"`` (compiled kernel), ``"xla"``, or ``None`` for the best
         that can run.
 
@@ -138,7 +145,7 @@ def search(
     if not isinstance(index, Index):
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
     rows, single = as_queries(queries, width=index.dim)
-    effort = _effort(index, k, leaves_to_search, rescore, implementation)
+    effort = effort_of(index, k, leaves_to_search, rescore, implementation)
     mask = _as_mask(allowed, rows.shape[0], index.num_rows)
     result = _search(index, rows, mask, effort)
     return SearchResult(result.scores[0], result.ids[0]) if single else result
@@ -146,7 +153,7 @@ def search(
 
 @functools.partial(jax.jit, static_argnames="effort")
 def _search(
-    index: Index, queries: Float[Array, "b d"], allowed: Bool[Array, "*b n"] | None, effort: _Effort
+    index: Index, queries: Float[Array, "b d"], allowed: Bool[Array, "*b n"] | None, effort: Effort
 ) -> SearchResult:
     b = queries.shape[0]
     if b == 0 or index.num_rows == 0:
@@ -165,31 +172,51 @@ def _search(
         q = q / factor[:, None]
 
     if index.tree is None:
-        scores, ids = _search_rows(index, q, allowed, usable, effort)
+        scores, ids = _search_rows(index.store, q, allowed, usable, effort.k, index.metric)
     else:
-        scores, ids = _search_tree(index, q, allowed, effort)
+        scores, ids = _search_tree(index, q, allowed, usable, effort)
     found = (ids >= 0) & usable[:, None]
     scores = jnp.clip(jnp.where(found, scores, 0) * factor[:, None], -_MAX, _MAX)
     return SearchResult(jnp.where(found, scores, -jnp.inf), jnp.where(found, ids, -1))
 
 
-def _search_tree(index: Index, q: Array, allowed: Any, effort: _Effort) -> tuple[Array, Array]:
+def _search_tree(
+    index: Index, q: Array, allowed: Any, usable: Array, effort: Effort
+) -> tuple[Array, Array]:
     """Search leaves, codes and, for rescoring, rows."""
-    packed = index.tree.packed
-    mask = None
-    if allowed is not None:
-        rows = packed.slot_rows
-        mask = allowed.reshape(-1, index.num_rows)[:, jnp.maximum(rows, 0)] & (rows >= 0)[None]
+    if allowed is None:
+        return _probe(index, index.tree.packed, q, effort)
+
+    def one(q: Array, mask: Array, usable: Array) -> tuple[Array, Array]:
+        return filtered_search(
+            index,
+            mask,
+            leaves=effort.leaves_to_search,
+            rescore=effort.rescore,
+            probe=lambda tree, leaves: _probe(
+                index, tree, q, effort._replace(leaves_to_search=leaves)
+            ),
+            score=lambda store, valid: _search_rows(
+                store, q, valid, usable, effort.k, index.metric
+            ),
+        )
+
+    if allowed.ndim == 1:
+        return one(q, allowed, usable)
+    found = jax.lax.map(lambda z: one(z[0][None], z[1], z[2][None]), (q, allowed, usable))
+    return found[0][:, 0], found[1][:, 0]
+
+
+def _probe(index: Index, tree: PackedTree, q: Array, effort: Effort) -> tuple[Array, Array]:
     store = index.store if effort.rescore else None
     scores, ids = tree_search(
-        packed,
+        tree,
         q,
         k=effort.k,
         leaves_to_search=effort.leaves_to_search,
         rescore=effort.rescore,
         rows=None if store is None else store.rows,
         row_scale=None if store is None else store.scale,
-        usable=mask,
         euclidean=index.metric == "l2",
         implementation=effort.implementation,
     )
@@ -200,27 +227,27 @@ def _search_tree(index: Index, q: Array, allowed: Any, effort: _Effort) -> tuple
 
 
 def _search_rows(
-    index: Index, q: Array, allowed: Any, usable: Array, effort: _Effort
+    store: Store, q: Array, allowed: Any, usable: Array, k: int, metric: str
 ) -> tuple[Array, Array]:
     """Score all rows by one product, and the best of them again one by one."""
-    n, k = index.num_rows, effort.k
-    euclidean = index.metric == "l2"
+    n = store.rows.shape[0]
+    euclidean = metric == "l2"
 
     def one(args):
         q, rough, mask, ok = args
         mask = allowed if mask is None else mask
-        ok = ok if index.store.held is None else ok & index.store.held
+        ok = ok if store.held is None else ok & store.held
         rough = jnp.where(ok if mask is None else ok & mask, rough, -jnp.inf)
         # The selection has no gradient; the scores of what it selects are computed again.
         top, rows = jax.lax.top_k(rough, min(n, max(4 * k, k + _SPARE)))
-        exact = row_scores(index.store.rows, index.store.scale, q, rows, euclidean=euclidean)
+        exact = row_scores(store.rows, store.scale, q, rows, euclidean=euclidean)
         exact = jnp.where(top > -jnp.inf, jnp.maximum(exact, -_MAX), -jnp.inf)
         return best_rows(exact, rows.astype(jnp.int32), k)
 
     def tile(args):
         q, mask, ok = args
-        store, probe = jax.lax.stop_gradient((index.store, q))
-        rough = rough_scores(store, probe, metric=index.metric)
+        fixed, probe = jax.lax.stop_gradient((store, q))
+        rough = rough_scores(fixed, probe, metric=metric)
         return jax.lax.map(one, (q, rough, mask, ok))
 
     b = q.shape[0]
@@ -242,6 +269,7 @@ def searcher(
     k: int = 10,
     leaves_to_search: int | None = None,
     rescore: int | None = None,
+    allowed: Any = None,
     implementation: Implementation | None = None,
 ) -> Callable[[Any], SearchResult]:
     """Make a handle for serving loops: NumPy in and out, compiled once for each batch size.
@@ -251,6 +279,8 @@ def searcher(
       k: results a query.
       leaves_to_search: as in :func:`search`.
       rescore: as in :func:`search`.
+      allowed: boolean mask ``[n]`` of rows that may be returned, as in :func:`search`; what it
+        takes to look at those alone is made once, so that a search costs no more for it.
       implementation: as in :func:`search`.
 
     Returns:
@@ -270,8 +300,15 @@ def searcher(
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
     if is_traced(index):
         raise TypeError("searcher needs concrete arrays; inside jit call search instead")
-    effort = _effort(index, k, leaves_to_search, rescore, implementation)
+    effort = effort_of(index, k, leaves_to_search, rescore, implementation)
     index = jax.tree.map(jnp.asarray, index)
+    numbers = None
+    if allowed is not None:
+        mask = np.asarray(_as_mask(allowed, None, index.num_rows))
+        index, leaves, numbers = restrict(
+            index, mask, leaves=effort.leaves_to_search, rescore=effort.rescore
+        )
+        effort = effort._replace(leaves_to_search=leaves)
 
     direct = _direct(index, effort)
 
@@ -285,9 +322,11 @@ def searcher(
         found = direct(rows) if direct is not None and len(rows) <= _DIRECT_QUERIES else None
         if found is None:
             found = compiled(len(rows))(index, rows, None)
-        scores, ids = (np.asarray(a) for a in found)
-        result: Any = (scores[0], ids[0]) if single else (scores, ids)
-        return SearchResult(*result)
+        scores, ids = np.asarray(found[0]), np.asarray(found[1])
+        if numbers is not None and len(numbers):
+            ids = np.where(ids >= 0, numbers[np.maximum(ids, 0)], -1)
+        result: Any = SearchResult
+        return result(scores[0], ids[0]) if single else result(scores, ids)
 
     return find
 
@@ -304,7 +343,7 @@ def _host_queries(queries: Any, dim: int) -> tuple[np.ndarray, bool]:
     return np.ascontiguousarray(rows), single
 
 
-def _direct(index: Index, effort: _Effort) -> Callable | None:
+def _direct(index: Index, effort: Effort) -> Callable | None:
     """The compiled kernel called without JAX between, where it does all that a search does."""
     if index.tree is None or effort.implementation == "xla" or not index.num_rows:
         return None

@@ -14,7 +14,14 @@ from jaxtyping import Array
 
 from avq_jax.checks import as_count, as_rows
 from avq_jax.loss import Threshold, Uniform, Weight, row_norms
-from avq_jax.mips.build import _as_pytree, _loss_terms, _sizes, default_threshold
+from avq_jax.mips.build import (
+    _CODEBOOK_ITERATIONS,
+    _CODEBOOK_ROWS,
+    _as_pytree,
+    _loss_terms,
+    _sizes,
+    default_threshold,
+)
 from avq_jax.mips.index import Index, pack_ids
 from avq_jax.mips.packing import pack_tree
 from avq_jax.mips.partition import _assign, k_means_step
@@ -164,7 +171,7 @@ def build_sharded(
     leaf = np.empty(n, np.int32)
     for i, count in chunks():
         leaf[i[:count]] = np.asarray(_leaves(put(x[i]), centroids, mesh, axis))[:count]
-    few = picked[:: -(-size // sample_size)]
+    few = picked[:: -(-size // min(sample_size, _CODEBOOK_ROWS))]
     few = few[: len(few) - len(few) % devices]
     state, _ = fit_sharded(
         key_codes,
@@ -173,7 +180,7 @@ def build_sharded(
         axis=axis,
         num_subspaces=m,
         num_codewords=num_codewords,
-        num_iterations=num_iterations,
+        num_iterations=min(num_iterations, _CODEBOOK_ITERATIONS),
         **terms(few),
     )
     book = Codebook(jnp.asarray(np.asarray(state.codebook.codewords)), d)

@@ -1,22 +1,28 @@
 """Section 4 of the paper: codebooks learned under the score-aware loss."""
 
+from avq_jax.quantization.additive import AdditiveCodebook, fit_additive
 from avq_jax.quantization.binary import BinaryCodec, fit_binary
 from avq_jax.quantization.codebook import Codebook
 from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
 from avq_jax.quantization.lloyd import History, LloydState, fit, lloyd_init, lloyd_update
+from avq_jax.quantization.scale import Scaled, fit_scale
 from avq_jax.quantization.sgd import fit_sgd
 from avq_jax.quantization.sharded import fit_sharded
 
 __all__ = [
+    "AdditiveCodebook",
     "BinaryCodec",
     "Codebook",
     "Codes",
     "History",
     "LloydState",
+    "Scaled",
     "decode",
     "encode",
     "fit",
+    "fit_additive",
     "fit_binary",
+    "fit_scale",
     "fit_sgd",
     "fit_sharded",
     "lloyd_init",

@@ -15,7 +15,8 @@ from avq_jax.checks import as_count, as_float32, as_rows, check_finite, is_trace
 from avq_jax.loss import QueryTerms, Scaling
 from avq_jax.quantization.assignment import assign, block_size
 from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
-from avq_jax.quantization.rows import Rows, in_blocks, quadratic_form, split
+from avq_jax.quantization.rows import Rows, in_blocks, quadratic_form, split, unit
+from xla_kernels import assign_codes, available_implementations
 
 __all__ = ["Codebook", "as_learning_rows", "check_magnitude", "encode_rows"]
 
@@ -85,9 +86,28 @@ def encode_rows(
     return found.transpose(1, 0, 2).reshape(m, -1)[:, :n]
 
 
-@functools.partial(jax.jit, static_argnames="num_sweeps")
 def _encode(codewords: Array, rows: Rows, num_sweeps: int) -> Array:
-    return encode_rows(codewords, rows, num_sweeps=num_sweeps).T.astype(jnp.uint8)
+    compiled = rows.extra is None and available_implementations()["default"] == "cpu"
+    return _jit_encode(codewords, rows, num_sweeps, compiled)
+
+
+@functools.partial(jax.jit, static_argnames=("num_sweeps", "compiled"))
+def _jit_encode(codewords: Array, rows: Rows, num_sweeps: int, compiled: bool) -> Array:
+    if not compiled:
+        return encode_rows(codewords, rows, num_sweeps=num_sweeps).T.astype(jnp.uint8)
+    # The same coordinate descent, four times as fast; it knows one direction a row.
+    m, _, s = codewords.shape
+    pad = ((0, 0), (0, m * s - rows.x.shape[1]))
+    isotropic, parallel = rows.scaling.orthogonal, rows.scaling.parallel
+    return assign_codes(
+        jnp.pad(rows.x, pad),
+        codewords,
+        direction=jnp.pad(unit(rows.x if rows.direction is None else rows.direction), pad),
+        # A row without any weight is encoded under the reconstruction loss.
+        orthogonal=jnp.where((isotropic == 0) & (parallel == 0), 1, isotropic),
+        weight=parallel - isotropic,
+        max_sweeps=num_sweeps,
+    )
 
 
 def as_learning_rows(
@@ -130,7 +150,8 @@ def check_magnitude(x: Any) -> None:
     """Raise a ValueError where squares of the rows would overflow or vanish in float32."""
     if is_traced(x) or x.size == 0:
         return
-    peak = float(np.max(np.abs(x))) if isinstance(x, np.ndarray) else float(jnp.max(jnp.abs(x)))
+    with jax.ensure_compile_time_eval():  # also while something else is traced around x
+        peak = float(np.max(np.abs(x)) if isinstance(x, np.ndarray) else jnp.max(jnp.abs(x)))
     if peak > _LARGEST or 0 < peak < _SMALLEST:
         raise ValueError(
             f"x must have its largest absolute value between {_SMALLEST:g} and {_LARGEST:g}, so "

@@ -284,3 +284,16 @@ def test_recall_after_churn(rows, queries):
     anew = np.asarray(avq_jax.search(fresh, q, **find).ids)
     assert 0.8 < recall(anew) < 1
     assert recall(churned) > recall(anew) - 0.01
+
+
+@pytest.mark.parametrize("share", [0.02, 0.9])
+def test_filters_never_return_removed_rows(roomy, queries, share):
+    index = roomy["dot"]
+    n = index.num_rows
+    allowed = np.random.default_rng(3).random(n) < share
+    gone = np.flatnonzero(allowed & np.asarray(avq_jax.held_rows(index)))[:40]
+    left = avq_jax.remove(index, gone)
+    found = avq_jax.search(left, queries, k=10, leaves_to_search=99, allowed=allowed).ids
+    assert not np.isin(np.asarray(found), gone).any()
+    handle = avq_jax.searcher(left, k=10, leaves_to_search=99, allowed=allowed)
+    assert np.array_equal(handle(queries).ids, found)

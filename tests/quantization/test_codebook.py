@@ -88,7 +88,7 @@ def test_table_gradient_with_respect_to_query_and_codewords():
 
 def test_codes_of_equal_shape_are_encoded_by_one_trace():
     x = jax.random.normal(jax.random.key(5), (33, 7))
-    cached = codebook_module._encode._cache_size
+    cached = codebook_module._jit_encode._cache_size
     avq_jax.encode(example(), x, avq_jax.Scaling(jnp.full(33, 2.0), jnp.ones(33)))
     before = cached()
     for t in (0.1, 0.4, 0.9):

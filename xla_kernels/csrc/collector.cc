@@ -14,7 +14,7 @@ int64_t count_at_least(const int32_t* keys, int64_t size, int32_t pivot) {
   return count;
 }
 
-int32_t kth_largest(const int32_t* keys, int64_t size, int64_t k, CountAtLeast count) {
+int32_t kth_largest(const int32_t* keys, int64_t size, int64_t k, int64_t slack, CountAtLeast count) {
   int32_t least = keys[0], most = keys[0];
   for (int64_t i = 0; i < size; ++i) {
     least = keys[i] < least ? keys[i] : least;
@@ -24,8 +24,10 @@ int32_t kth_largest(const int32_t* keys, int64_t size, int64_t k, CountAtLeast c
   int64_t below = least, above = static_cast<int64_t>(most) + 1;
   while (above - below > 1) {
     const int64_t middle = below + (above - below) / 2;
-    if (count(keys, size, static_cast<int32_t>(middle)) >= k) {
+    const int64_t found = count(keys, size, static_cast<int32_t>(middle));
+    if (found >= k) {
       below = middle;
+      if (found <= k + slack) break;
     } else {
       above = middle;
     }
@@ -59,7 +61,7 @@ void Collector::start(int64_t k_, int64_t capacity, bool affine_, int32_t width_
   rows = low + capacity;
   high = affine ? rows + capacity : nullptr;
   size = 0;
-  limit = std::min(2 * k + 192, capacity - 64);
+  limit = std::min(k + 128, capacity - 64);
   threshold = INT32_MIN;
   float_threshold = -std::numeric_limits<float>::infinity();
 }
@@ -83,7 +85,7 @@ void Collector::raise(int32_t kth) {
 
 void Collector::shrink() {
   if (size <= k) return;
-  const int32_t kth = kth_largest(low, size, k, count_);
+  const int32_t kth = kth_largest(low, size, k, k / 8, count_);
   raise(kth);
   int64_t kept = 0;
   if (affine) {

@@ -29,8 +29,9 @@ using CountAtLeast = int64_t (*)(const int32_t* keys, int64_t size, int32_t pivo
 
 int64_t count_at_least(const int32_t* keys, int64_t size, int32_t pivot);
 
-// Largest t such that at least k of the keys are >= t, by bisection on the key range (1 <= k <= size).
-int32_t kth_largest(const int32_t* keys, int64_t size, int64_t k, CountAtLeast count);
+// Some t such that k to k + slack of the keys are >= t, by bisection on the key range, or where equal
+// keys leave none the largest t such that at least k are (1 <= k <= size).
+int32_t kth_largest(const int32_t* keys, int64_t size, int64_t k, int64_t slack, CountAtLeast count);
 
 // Scores rows exactly; used when the bounds alone cannot tell rows apart (ties, duplicates).
 struct ExactScorer {

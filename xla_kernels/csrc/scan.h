@@ -26,6 +26,7 @@ struct RowTerms {
 
 // Appends to every query's collector the rows of blocks [begin, end) that pass its threshold.
 using Scan = void (*)(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
+                      int64_t next,    // block that the caller will scan after these, to prefetch
                       int64_t stride,  // table_stride() of the tables
                       const ScanQuery* queries, int64_t num_queries);
 

@@ -139,10 +139,10 @@ void scan_all(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t 
   }
 }
 
-void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end, int64_t stride,
-          const ScanQuery* queries, int64_t num_queries) {
+void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end, int64_t,
+          int64_t stride, const ScanQuery* queries, int64_t num_queries) {
   if (codes.layout != Layout::kLanes) {
-    portable_kernels()->scan(codes, terms, begin, end, stride, queries, num_queries);
+    portable_kernels()->scan(codes, terms, begin, end, end, stride, queries, num_queries);
   } else if (terms.gain != nullptr || terms.offset != nullptr) {
     scan_all<true>(codes, terms, begin, end, queries, num_queries);
   } else {

@@ -119,7 +119,7 @@ inline void collect(const ScanQuery& query, __m512i keys, const RowTerms& terms,
 // kQueries queries share the indices of kBlocks blocks, which never leave the registers.
 template <int kQueries, int kBlocks, bool kAffine>
 __attribute__((always_inline)) inline void scan_dwords(const Codes& codes, const RowTerms& terms, int64_t i,
-                        const ScanQuery* queries) {
+                        const uint8_t* soon, const ScanQuery* queries) {
   const __m512i nibble = _mm512_set1_epi8(0x0f);
   const __m512i place = _mm512_set1_epi32(0x30201000);  // 16 times the place in the group
   const __m512i ones = _mm512_set1_epi8(1);
@@ -140,7 +140,7 @@ __attribute__((always_inline)) inline void scan_dwords(const Codes& codes, const
     UNROLL
     for (int b = 0; b < kBlocks; ++b) {
       const __m512i bytes = _mm512_loadu_si512(block[b] + 64 * g);
-      prefetch_ahead(block[b] + 64 * g);
+      __builtin_prefetch(soon + 64 * (b * groups + g));
       // (bytes & nibble) | place in one instruction
       index[2 * b] = _mm512_ternarylogic_epi32(bytes, nibble, place, 0xea);
       index[2 * b + 1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), nibble, place, 0xea);
@@ -173,12 +173,17 @@ __attribute__((always_inline)) inline void scan_dwords(const Codes& codes, const
 
 template <int kQueries, int kBlocks, bool kAffine>
 void range_dwords(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
-                  const ScanQuery* queries) {
+                  int64_t next, const ScanQuery* queries) {
+  const int64_t ahead = kPrefetchBytes / (64 * codes.groups) + 1;
+  const auto soon = [&](int64_t i) {
+    const int64_t later = i + ahead;
+    return codes.block(later < end ? later : next + (later - end));
+  };
   int64_t i = begin;
   for (; i + kBlocks <= end; i += kBlocks) {
-    scan_dwords<kQueries, kBlocks, kAffine>(codes, terms, i, queries);
+    scan_dwords<kQueries, kBlocks, kAffine>(codes, terms, i, soon(i), queries);
   }
-  for (; i < end; ++i) scan_dwords<kQueries, 1, kAffine>(codes, terms, i, queries);
+  for (; i < end; ++i) scan_dwords<kQueries, 1, kAffine>(codes, terms, i, soon(i), queries);
 }
 
 template <int kStride>
@@ -254,9 +259,9 @@ void scan_bytes(const Codes& codes, const RowTerms& terms, int64_t i, const Scan
 
 template <int kQueries, bool kAffine>
 void scan_range(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
-                int64_t stride, const ScanQuery* queries) {
+                int64_t next, int64_t stride, const ScanQuery* queries) {
   if (codes.layout == Layout::kDwords) {
-    range_dwords<kQueries, (kQueries == 1 ? 2 : 1), kAffine>(codes, terms, begin, end, queries);
+    range_dwords<kQueries, (kQueries == 1 ? 2 : 1), kAffine>(codes, terms, begin, end, next, queries);
     return;
   }
   for (int64_t i = begin; i < end; ++i) {
@@ -271,28 +276,29 @@ void scan_range(const Codes& codes, const RowTerms& terms, int64_t begin, int64_
 }
 
 template <bool kAffine>
-void scan_all(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end, int64_t stride,
-              const ScanQuery* queries, int64_t num_queries) {
+void scan_all(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end, int64_t next,
+              int64_t stride, const ScanQuery* queries, int64_t num_queries) {
   // Eight queries share a piece of the codes that stays in the second-level cache.
   const int64_t piece = 1 + (256 << 10) / (codes.groups * 64 + 1);
   for (int64_t from = begin; from < end; from += piece) {
     const int64_t to = from + piece < end ? from + piece : end;
+    const int64_t then = to < end ? to : next;
     int64_t q = 0;
-    for (; q + 8 <= num_queries; q += 8) scan_range<8, kAffine>(codes, terms, from, to, stride, queries + q);
-    for (; q + 4 <= num_queries; q += 4) scan_range<4, kAffine>(codes, terms, from, to, stride, queries + q);
-    for (; q + 2 <= num_queries; q += 2) scan_range<2, kAffine>(codes, terms, from, to, stride, queries + q);
-    for (; q < num_queries; ++q) scan_range<1, kAffine>(codes, terms, from, to, stride, queries + q);
+    for (; q + 8 <= num_queries; q += 8) scan_range<8, kAffine>(codes, terms, from, to, then, stride, queries + q);
+    for (; q + 4 <= num_queries; q += 4) scan_range<4, kAffine>(codes, terms, from, to, then, stride, queries + q);
+    for (; q + 2 <= num_queries; q += 2) scan_range<2, kAffine>(codes, terms, from, to, then, stride, queries + q);
+    for (; q < num_queries; ++q) scan_range<1, kAffine>(codes, terms, from, to, then, stride, queries + q);
   }
 }
 
-void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end, int64_t stride,
-          const ScanQuery* queries, int64_t num_queries) {
+void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end, int64_t next,
+          int64_t stride, const ScanQuery* queries, int64_t num_queries) {
   if (codes.layout == Layout::kLanes) {
-    portable_kernels()->scan(codes, terms, begin, end, stride, queries, num_queries);
+    portable_kernels()->scan(codes, terms, begin, end, next, stride, queries, num_queries);
   } else if (terms.gain != nullptr || terms.offset != nullptr) {
-    scan_all<true>(codes, terms, begin, end, stride, queries, num_queries);
+    scan_all<true>(codes, terms, begin, end, next, stride, queries, num_queries);
   } else {
-    scan_all<false>(codes, terms, begin, end, stride, queries, num_queries);
+    scan_all<false>(codes, terms, begin, end, next, stride, queries, num_queries);
   }
 }
 

@@ -45,10 +45,10 @@ inline void sum_part(const uint8_t* block, int64_t from, int64_t to, const uint8
   }
 }
 
-void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end, int64_t stride,
-          const ScanQuery* queries, int64_t num_queries) {
+void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end, int64_t,
+          int64_t stride, const ScanQuery* queries, int64_t num_queries) {
   if (codes.layout != Layout::kLanes) {
-    portable_kernels()->scan(codes, terms, begin, end, stride, queries, num_queries);
+    portable_kernels()->scan(codes, terms, begin, end, end, stride, queries, num_queries);
     return;
   }
   const bool affine = terms.gain != nullptr || terms.offset != nullptr;

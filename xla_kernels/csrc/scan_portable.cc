@@ -58,8 +58,8 @@ void sum_bytes(const uint8_t* block, int64_t groups, int64_t stride, const void*
   }
 }
 
-void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end, int64_t stride,
-          const ScanQuery* queries, int64_t num_queries) {
+void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end, int64_t,
+          int64_t stride, const ScanQuery* queries, int64_t num_queries) {
   const int64_t size = codes.block_rows();
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t q = 0; q < num_queries; ++q) {

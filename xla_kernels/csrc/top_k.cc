@@ -178,7 +178,7 @@ class Tile {
     const int64_t begin = shard * blocks_per_shard_;
     const int64_t end = std::min(begin + blocks_per_shard_, a_.codes.num_blocks());
     if (begin < end) {
-      kernels_.scan(a_.codes, a_.terms, begin, end, stride_, queries.data(), to - from);
+      kernels_.scan(a_.codes, a_.terms, begin, end, end, stride_, queries.data(), to - from);
     }
   }
 

@@ -14,6 +14,7 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=
 
 // The sums of tree_level.inc, lane for lane; its scalar tail costs as much as all the rest.
 #define XLA_KERNELS_OWN_DOT
+#define XLA_KERNELS_OWN_ROUND16
 inline float sum_lanes(const float* lane);
 float dot(const float* query, const float* row, int64_t dim) {
   __m512 sum = _mm512_setzero_ps();
@@ -34,44 +35,103 @@ float dot(const float* query, const float* row, int64_t dim) {
 
 #include "tree_level.inc"
 
-// Four tiles at a time: their sums are independent chains of vpdpwssd.
-void leaf_products(const int16_t* tiles, int64_t num_tiles, int64_t num_pairs, const int16_t* query,
-                   int32_t* out) {
-  int64_t t = 0;
+// kTiles tiles and kQueries queries at a time: their sums are independent chains of vpdpwssd.
+template <int kQueries, int kTiles>
+inline void products_of(const int16_t* tiles, int64_t num_pairs, const int16_t* queries, int32_t* out,
+                        int64_t out_stride) {
   const int64_t step = num_pairs * 2 * kLanes;
-  for (; t + 4 <= num_tiles; t += 4) {
-    const int16_t* pair = tiles + t * step;
-    __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
-    for (int64_t p = 0; p < num_pairs; ++p, pair += 2 * kLanes) {
+  __m512i sums[kQueries][kTiles];
+  UNROLL
+  for (int q = 0; q < kQueries; ++q) {
+    UNROLL
+    for (int t = 0; t < kTiles; ++t) sums[q][t] = _mm512_setzero_si512();
+  }
+  for (int64_t p = 0; p < num_pairs; ++p) {
+    __m512i pair[kTiles];
+    UNROLL
+    for (int t = 0; t < kTiles; ++t) pair[t] = _mm512_loadu_si512(tiles + t * step + p * 2 * kLanes);
+    UNROLL
+    for (int q = 0; q < kQueries; ++q) {
       int32_t two;
-      std::memcpy(&two, query + 2 * p, 4);
-      const __m512i q = _mm512_set1_epi32(two);
-      a = _mm512_dpwssd_epi32(a, _mm512_loadu_si512(pair), q);
-      b = _mm512_dpwssd_epi32(b, _mm512_loadu_si512(pair + step), q);
-      c = _mm512_dpwssd_epi32(c, _mm512_loadu_si512(pair + 2 * step), q);
-      d = _mm512_dpwssd_epi32(d, _mm512_loadu_si512(pair + 3 * step), q);
+      std::memcpy(&two, queries + q * 2 * num_pairs + 2 * p, 4);
+      const __m512i both = _mm512_set1_epi32(two);
+      UNROLL
+      for (int t = 0; t < kTiles; ++t) sums[q][t] = _mm512_dpwssd_epi32(sums[q][t], pair[t], both);
     }
-    _mm512_storeu_si512(out + t * kLanes, a);
-    _mm512_storeu_si512(out + (t + 1) * kLanes, b);
-    _mm512_storeu_si512(out + (t + 2) * kLanes, c);
-    _mm512_storeu_si512(out + (t + 3) * kLanes, d);
+  }
+  UNROLL
+  for (int q = 0; q < kQueries; ++q) {
+    UNROLL
+    for (int t = 0; t < kTiles; ++t) _mm512_storeu_si512(out + q * out_stride + t * kLanes, sums[q][t]);
+  }
+}
+
+template <int kQueries, int kTiles>
+inline void products_of_all(const int16_t* tiles, int64_t num_tiles, int64_t num_pairs,
+                            const int16_t* queries, int32_t* out) {
+  const int64_t step = num_pairs * 2 * kLanes, stride = num_tiles * kLanes;
+  int64_t t = 0;
+  for (; t + kTiles <= num_tiles; t += kTiles) {
+    products_of<kQueries, kTiles>(tiles + t * step, num_pairs, queries, out + t * kLanes, stride);
   }
   for (; t < num_tiles; ++t) {
-    const int16_t* pair = tiles + t * step;
-    __m512i a = _mm512_setzero_si512();
-    for (int64_t p = 0; p < num_pairs; ++p, pair += 2 * kLanes) {
-      int32_t two;
-      std::memcpy(&two, query + 2 * p, 4);
-      a = _mm512_dpwssd_epi32(a, _mm512_loadu_si512(pair), _mm512_set1_epi32(two));
-    }
-    _mm512_storeu_si512(out + t * kLanes, a);
+    products_of<kQueries, 1>(tiles + t * step, num_pairs, queries, out + t * kLanes, stride);
+  }
+}
+
+void leaf_products(const int16_t* tiles, int64_t num_tiles, int64_t num_pairs, const int16_t* queries,
+                   int64_t num_queries, int32_t* out) {
+  int64_t q = 0;
+  const int64_t from = 2 * num_pairs, to = num_tiles * kLanes;
+  for (; q + 4 <= num_queries; q += 4) {
+    products_of_all<4, 4>(tiles, num_tiles, num_pairs, queries + q * from, out + q * to);
+  }
+  for (; q < num_queries; ++q) {
+    products_of_all<1, 4>(tiles, num_tiles, num_pairs, queries + q * from, out + q * to);
+  }
+}
+
+inline float least(__m512 x) {
+  x = _mm512_min_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+  x = _mm512_min_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+  x = _mm512_min_ps(x, _mm512_permute_ps(x, 0x4e));
+  return _mm512_cvtss_f32(_mm512_min_ps(x, _mm512_permute_ps(x, 0xb1)));
+}
+
+inline float most(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+  x = _mm512_max_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+  x = _mm512_max_ps(x, _mm512_permute_ps(x, 0x4e));
+  return _mm512_cvtss_f32(_mm512_max_ps(x, _mm512_permute_ps(x, 0xb1)));
+}
+
+void round16(const float* table, int64_t num_subspaces, int32_t top, uint8_t* out, float* base,
+             float* delta) {
+  float range = 0, total = 0;
+  for (int64_t s = 0; s < num_subspaces; ++s) {
+    const __m512 entries = _mm512_loadu_ps(table + s * kLanes);
+    const float low = least(entries), height = most(entries) - low;
+    range = height > range ? height : range;
+    total += low;
+    std::memcpy(out + s * kLanes, &low, sizeof(low));  // until the step is known
+  }
+  *base = total;
+  *delta = range > 1e-30f ? range / static_cast<float>(top) : 1.0f;
+  const __m512 scale = _mm512_set1_ps(1.0f / *delta), half = _mm512_set1_ps(0.5f);
+  for (int64_t s = 0; s < num_subspaces; ++s) {
+    float low;
+    std::memcpy(&low, out + s * kLanes, sizeof(low));
+    const __m512 above = _mm512_sub_ps(_mm512_loadu_ps(table + s * kLanes), _mm512_set1_ps(low));
+    const __m512i steps = _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(above, scale), half));
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_min_epi32(steps, _mm512_set1_epi32(top)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + s * kLanes), bytes);
   }
 }
 
 TARGET_END
 
-const TreeKernels kKernels = {leaf_products, build_table, round16, dot,
-                              dot_bfloat16,  dot_int8,    distance};
+const TreeKernels kKernels = {leaf_products, build_table,  round16,  measure,  scaled_square,
+                              round_query,   dot,          dot_bfloat16, dot_int8, distance};
 
 }  // namespace
 

@@ -23,6 +23,14 @@ constexpr int64_t kFirst = 2;
 // Norm of the integer query. With centroids of norm <= 32000 sums stay below 2^30.
 constexpr float kQueryNorm = 32000.0f;
 constexpr int64_t kPrefetchRows = 12;
+// Queries whose leaves are ranked, and whose candidates are scored, at a time.
+constexpr int64_t kTogether = 8;
+// Codes of the first leaf that are asked for while the tables are made.
+constexpr int64_t kFirstBytes = 4096;
+// Candidates of a tile of queries beyond which a thread returns its buffers after a call.
+constexpr int64_t kRetained = int64_t{1} << 18;
+// Results up to which candidates are inserted one by one.
+constexpr int64_t kInserted = 32;
 
 const TreeKernels& tree_kernels() {
   const char* level = kernels()->name;
@@ -85,10 +93,32 @@ struct Search {
   bool finite = true;
 };
 
+// A query that probes a leaf.
+struct Visit {
+  int32_t search;
+  int32_t shift;
+};
+
+// Buffers of a thread, kept from one call to the next: allocating them costs a single query more
+// than ranking its leaves.
+struct Scratch {
+  std::vector<Search> searches;
+  std::vector<uint64_t> best, found;
+  std::vector<int32_t> slots;
+  std::vector<int64_t> begins;
+  std::vector<Visit> visits;
+  std::vector<ScanQuery> batch;
+  Aligned<float> tables, padded;
+  Aligned<uint8_t> expanded, rounded;
+  Aligned<int16_t> rounded_query;
+  Aligned<int32_t> products, keys;
+};
+
 class Worker {
  public:
-  explicit Worker(const TreeSearchArguments& a)
+  Worker(const TreeSearchArguments& a, Scratch& scratch)
       : a_(a),
+        scratch_(scratch),
         scan_(*kernels()),
         tree_(tree_kernels()),
         stride_(table_stride(a.codes.layout, a.num_codewords)),
@@ -101,35 +131,33 @@ class Worker {
         // Without rescoring the byte tables choose a few more than k for the float tables to rank.
         kept_(std::min(a.rescore > 0 ? a.rescore : 2 * a.k + 32, a.codes.num_rows)) {}
 
+  int64_t kept() const { return kept_; }
+
   void run(int64_t first, int64_t count) {
-    if (static_cast<int64_t>(searches_.size()) < count) searches_.resize(static_cast<size_t>(count));
-    float* tables = tables_.reserve(table_floats_ * count);
-    uint8_t* expanded = expanded_.reserve(expanded_bytes_ * count);
+    if (static_cast<int64_t>(scratch_.searches.size()) < count) scratch_.searches.resize(static_cast<size_t>(count));
+    float* tables = scratch_.tables.reserve(table_floats_ * count);
+    uint8_t* expanded = scratch_.expanded.reserve(expanded_bytes_ * count);
+    for (int64_t i = 0; i < count; i += kTogether) {
+      rank(first + i, &scratch_.searches[static_cast<size_t>(i)], std::min(kTogether, count - i));
+    }
     for (int64_t i = 0; i < count; ++i) {
-      prepare(first + i, searches_[static_cast<size_t>(i)], tables + i * table_floats_,
+      prepare(first + i, scratch_.searches[static_cast<size_t>(i)], tables + i * table_floats_,
               expanded + i * expanded_bytes_);
     }
     if (count < 8) {
-      for (int64_t i = 0; i < count; ++i) scan_one(searches_[static_cast<size_t>(i)], a_.leaves_to_search);
+      for (int64_t i = 0; i < count; ++i) scan_one(scratch_.searches[static_cast<size_t>(i)], a_.leaves_to_search);
     } else {
       scan_by_leaf(count);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      finish(first + i, searches_[static_cast<size_t>(i)]);
+    for (int64_t i = 0; i < count; i += kTogether) {
+      finish(first + i, &scratch_.searches[static_cast<size_t>(i)], std::min(kTogether, count - i));
     }
   }
 
  private:
   void prepare(int64_t q, Search& search, float* table, uint8_t* expanded) {
-    const float* query = a_.queries + q * a_.dim;
-    float peak = 0, poison = 0;
-    for (int64_t i = 0; i < a_.dim; ++i) {
-      poison += query[i] * 0.0f;
-      peak = std::max(peak, std::fabs(query[i]));
-    }
-    search.finite = poison == 0.0f && peak < 1e18f;
     if (!search.finite) return;
-    rank_leaves(query, peak, search);
+    const float* query = a_.queries + q * a_.dim;
     build(query, table, expanded, search);
     search.scorer.a = &a_;
     search.scorer.tree = &tree_;
@@ -148,44 +176,62 @@ class Worker {
   }
 
   // The leaves of largest <q, centroid> (+ offset), from products in 16-bit integers: centroids and
-  // query are scaled so that their norms are near 32000, an error of 1e-4 of the norms.
-  void rank_leaves(const float* query, float peak, Search& search) {
-    int16_t* rounded = rounded_query_.reserve(2 * pairs_);
-    float square = 0;
-    const float down = peak > 0 ? 1.0f / peak : 0.0f;
-    for (int64_t i = 0; i < a_.dim; ++i) square += query[i] * down * (query[i] * down);
-    const float norm = peak * std::sqrt(square);
-    const float up = norm > 0 ? kQueryNorm / norm : 0.0f;
-    for (int64_t i = 0; i < a_.dim; ++i) {
-      rounded[i] = static_cast<int16_t>(std::lrintf(query[i] * up));
+  // queries are scaled so that their norms are near 32000, an error of 1e-4 of the norms.
+  void rank(int64_t first, Search* searches, int64_t count) {
+    int16_t* rounded = scratch_.rounded_query.reserve(2 * pairs_ * kTogether);
+    int32_t* products = scratch_.products.reserve(tiles_ * 16 * kTogether);
+    float ups[kTogether] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const float* query = a_.queries + (first + i) * a_.dim;
+      int16_t* out = rounded + i * 2 * pairs_;
+      float peak = 0, poison = 0;
+      tree_.measure(query, a_.dim, &peak, &poison);
+      searches[i].finite = poison == 0.0f && peak < 1e18f;
+      if (!searches[i].finite) {
+        std::fill(out, out + 2 * pairs_, int16_t{0});
+        continue;
+      }
+      const float down = peak > 0 ? 1.0f / peak : 0.0f;
+      const float norm = peak * std::sqrt(tree_.scaled_square(query, a_.dim, down));
+      ups[i] = norm > 0 ? kQueryNorm / norm : 0.0f;
+      tree_.round_query(query, a_.dim, ups[i], out);
+      if (a_.dim & 1) out[a_.dim] = 0;
     }
-    if (a_.dim & 1) rounded[a_.dim] = 0;
-    int32_t* products = products_.reserve(tiles_ * 16);
-    tree_.leaf_products(a_.tiles, tiles_, pairs_, rounded, products);
+    tree_.leaf_products(a_.tiles, tiles_, pairs_, rounded, count, products);
+    for (int64_t i = 0; i < count; ++i) {
+      if (searches[i].finite) choose_leaves(products + i * tiles_ * 16, ups[i], searches[i]);
+    }
+  }
 
+  void choose_leaves(int32_t* products, float up, Search& search) {
     const float unit = up > 0 ? 1.0f / (up * a_.centroid_scale) : 0.0f;
     int32_t* keys = products;
     if (a_.leaf_offset != nullptr) {
-      keys = keys_.reserve(a_.num_leaves);
+      keys = scratch_.keys.reserve(a_.num_leaves);
       for (int64_t l = 0; l < a_.num_leaves; ++l) {
         keys[l] = ordered(static_cast<float>(products[l]) * unit + a_.leaf_offset[l]);
       }
     }
     const int64_t wanted = std::min(a_.leaves_to_search, a_.num_leaves);
     const int32_t bar = wanted < a_.num_leaves
-                            ? kth_largest(keys, a_.num_leaves, wanted, scan_.count)
+                            ? kth_largest(keys, a_.num_leaves, wanted, 8 + wanted / 2, scan_.count)
                             : INT32_MIN;
-    best_.clear();
+    scratch_.best.resize(static_cast<size_t>(a_.num_leaves) + 1);
+    size_t found = 0;
     for (int64_t l = 0; l < a_.num_leaves; ++l) {
-      if (keys[l] >= bar) best_.push_back(leaf_key(keys[l], static_cast<int32_t>(l)));
+      scratch_.best[found] = leaf_key(keys[l], static_cast<int32_t>(l));
+      found += keys[l] >= bar;
     }
-    std::sort(best_.begin(), best_.end());
-    best_.resize(static_cast<size_t>(wanted));
+    scratch_.best.resize(found);
+    std::sort(scratch_.best.begin(), scratch_.best.end());
+    scratch_.best.resize(static_cast<size_t>(wanted));
     search.leaves.clear();
-    for (const uint64_t key : best_) {
+    for (const uint64_t key : scratch_.best) {
       const auto l = static_cast<int32_t>(key & 0xffffffffu);
       search.leaves.push_back({l, static_cast<float>(products[l]) * unit});
     }
+    const uint8_t* soon = a_.codes.block(a_.starts[search.leaves[0].number]);
+    for (int64_t i = 0; i < kFirstBytes; i += 64) __builtin_prefetch(soon + i);
   }
 
   // Ascending keys are descending scores, then ascending leaves.
@@ -198,13 +244,13 @@ class Worker {
     const int64_t m = a_.codes.num_subspaces, columns = m * a_.width;
     const float* padded = query;
     if (columns != a_.dim) {
-      float* copy = padded_.reserve(columns);
+      float* copy = scratch_.padded.reserve(columns);
       std::memcpy(copy, query, sizeof(float) * static_cast<size_t>(a_.dim));
       std::fill(copy + a_.dim, copy + columns, 0.0f);
       padded = copy;
     }
     tree_.build_table(a_.codewords, padded, m, a_.width, a_.num_codewords, table);
-    uint8_t* rounded = rounded_.reserve(rounded_bytes_);
+    uint8_t* rounded = scratch_.rounded.reserve(rounded_bytes_);
     if (a_.num_codewords == 16 && stride_ == 16) {
       std::memset(rounded + m * 16, 0, static_cast<size_t>(rounded_bytes_ - m * 16));
       tree_.round16(table, m, table_max(a_.codes.layout), rounded, &search.bounds.base,
@@ -230,7 +276,8 @@ class Worker {
     for (size_t i = 0; i < end; ++i) {
       const Leaf& leaf = search.leaves[i];
       search.query.shift = shift_of(search, leaf.score);
-      scan_.scan(a_.codes, terms, a_.starts[leaf.number], a_.starts[leaf.number + 1], stride_,
+      const int64_t next = a_.starts[search.leaves[i + 1 < end ? i + 1 : i].number];
+      scan_.scan(a_.codes, terms, a_.starts[leaf.number], a_.starts[leaf.number + 1], next, stride_,
                  &search.query, 1);
     }
   }
@@ -238,63 +285,96 @@ class Worker {
   // Every leaf once, for all queries of the tile that probe it.
   void scan_by_leaf(int64_t count) {
     const RowTerms terms{nullptr, a_.slot_offset};
-    begins_.assign(static_cast<size_t>(a_.num_leaves) + 1, 0);
+    scratch_.begins.assign(static_cast<size_t>(a_.num_leaves) + 1, 0);
     for (int64_t i = 0; i < count; ++i) {
-      Search& search = searches_[static_cast<size_t>(i)];
+      Search& search = scratch_.searches[static_cast<size_t>(i)];
       if (!search.finite) continue;
       scan_one(search, kFirst);
-      for (size_t j = kFirst; j < search.leaves.size(); ++j) ++begins_[static_cast<size_t>(search.leaves[j].number) + 1];
+      for (size_t j = kFirst; j < search.leaves.size(); ++j) ++scratch_.begins[static_cast<size_t>(search.leaves[j].number) + 1];
     }
-    for (size_t l = 0; l < static_cast<size_t>(a_.num_leaves); ++l) begins_[l + 1] += begins_[l];
-    visits_.resize(static_cast<size_t>(begins_.back()));
+    for (size_t l = 0; l < static_cast<size_t>(a_.num_leaves); ++l) scratch_.begins[l + 1] += scratch_.begins[l];
+    scratch_.visits.resize(static_cast<size_t>(scratch_.begins.back()));
     for (int64_t i = 0; i < count; ++i) {
-      const Search& search = searches_[static_cast<size_t>(i)];
+      const Search& search = scratch_.searches[static_cast<size_t>(i)];
       if (!search.finite) continue;
       for (size_t j = kFirst; j < search.leaves.size(); ++j) {
         const Leaf& leaf = search.leaves[j];
-        visits_[static_cast<size_t>(begins_[static_cast<size_t>(leaf.number)]++)] = {
+        scratch_.visits[static_cast<size_t>(scratch_.begins[static_cast<size_t>(leaf.number)]++)] = {
             static_cast<int32_t>(i), shift_of(search, leaf.score)};
       }
     }
-    // begins_[l] now is the end of leaf l.
+    // begins[l] now is the end of leaf l.
     int64_t at = 0;
     for (int64_t l = 0; l < a_.num_leaves; ++l) {
-      const int64_t end = begins_[static_cast<size_t>(l)];
+      const int64_t end = scratch_.begins[static_cast<size_t>(l)];
       if (at == end) continue;
-      batch_.clear();
+      scratch_.batch.clear();
       for (; at < end; ++at) {
-        const Visit& visit = visits_[static_cast<size_t>(at)];
-        batch_.push_back(searches_[static_cast<size_t>(visit.search)].query);
-        batch_.back().shift = visit.shift;
+        const Visit& visit = scratch_.visits[static_cast<size_t>(at)];
+        scratch_.batch.push_back(scratch_.searches[static_cast<size_t>(visit.search)].query);
+        scratch_.batch.back().shift = visit.shift;
       }
-      scan_.scan(a_.codes, terms, a_.starts[l], a_.starts[l + 1], stride_, batch_.data(),
-                 static_cast<int64_t>(batch_.size()));
+      scan_.scan(a_.codes, terms, a_.starts[l], a_.starts[l + 1], a_.starts[l + 1], stride_,
+                 scratch_.batch.data(), static_cast<int64_t>(scratch_.batch.size()));
     }
   }
 
-  void finish(int64_t q, const Search& search) {
-    float* scores = a_.scores + q * a_.k;
-    int32_t* ids = a_.ids + q * a_.k;
-    found_.clear();
-    if (search.finite) {
-      const Collector& c = search.collector;
-      const int32_t bar =
-          c.size > kept_ ? kth_largest(c.low, c.size, kept_, scan_.count) : INT32_MIN;
-      slots_.clear();
-      for (int64_t i = 0; i < c.size; ++i) {
-        if (c.low[i] >= bar) slots_.push_back(c.rows[i]);
-      }
-      if (a_.rescore > 0) {
-        rescore(a_.queries + q * a_.dim);
-      } else {
-        estimate(search);
-      }
+  // Exact scores of the candidates of some queries, and their results.
+  void finish(int64_t first, const Search* searches, int64_t count) {
+    scratch_.slots.clear();
+    size_t ends[kTogether];
+    for (int64_t i = 0; i < count; ++i) {
+      if (searches[i].finite) choose_slots(searches[i].collector);
+      ends[i] = scratch_.slots.size();
     }
-    write_distinct(scores, ids);
+    // The rows of the next query are on their way while those of this one are scored.
+    for (size_t i = 0; i < std::min<size_t>(kPrefetchRows, scratch_.slots.size()); ++i) prefetch(scratch_.slots[i]);
+    size_t at = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t q = first + i;
+      scratch_.found.clear();
+      if (a_.rescore > 0) {
+        const float* query = a_.queries + q * a_.dim;
+        for (; at < ends[i]; ++at) {
+          if (at + kPrefetchRows < scratch_.slots.size()) prefetch(scratch_.slots[at + kPrefetchRows]);
+          keep(exact(query, scratch_.slots[at]), scratch_.slots[at]);
+        }
+      } else {
+        for (; at < ends[i]; ++at) {
+          const int32_t slot = scratch_.slots[at], row = a_.slot_rows[slot];
+          if (row >= 0) keep(searches[i].scorer.score_one(slot), row);
+        }
+      }
+      write_distinct(a_.scores + q * a_.k, a_.ids + q * a_.k);
+    }
+  }
+
+  // Appends the best slots of a collector; for rescoring their rows.
+  void choose_slots(const Collector& c) {
+    const int32_t bar =
+        c.size > kept_ ? kth_largest(c.low, c.size, kept_, 0, scan_.count) : INT32_MIN;
+    const size_t begin = scratch_.slots.size();
+    scratch_.slots.resize(begin + static_cast<size_t>(c.size) + 1);
+    size_t end = begin;
+    for (int64_t i = 0; i < c.size; ++i) {
+      scratch_.slots[end] = c.rows[i];
+      end += c.low[i] >= bar;
+    }
+    if (a_.rescore > 0) {
+      size_t kept = begin;
+      for (size_t i = begin; i < end; ++i) {
+        const int32_t row = a_.slot_rows[scratch_.slots[i]];
+        scratch_.slots[kept] = row;
+        // A row number beyond the store is a corrupt index: never read there.
+        kept += row >= 0 && row < a_.num_rows;
+      }
+      end = kept;
+    }
+    scratch_.slots.resize(end);
   }
 
   void keep(float score, int32_t row) {
-    if (score > kMinusInfinity) found_.push_back(best_key(score, row));  // false for NaN
+    if (score > kMinusInfinity) scratch_.found.push_back(best_key(score, row));  // false for NaN
   }
 
   const void* row_at(int32_t row) const {
@@ -319,76 +399,64 @@ class Worker {
   }
 
   void prefetch(int32_t row) const {
+    if (a_.rescore <= 0) return;
     const auto* at = static_cast<const uint8_t*>(row_at(row));
     const int64_t bytes = static_cast<const uint8_t*>(row_at(row + 1)) - at;
     for (int64_t i = 0; i < bytes + 63; i += 64) __builtin_prefetch(at + std::min(i, bytes - 1));
   }
 
-  void rescore(const float* query) {
-    // A row number beyond the store is a corrupt index: never read there.
-    size_t size = 0;
-    for (const int32_t slot : slots_) {
-      const int32_t row = a_.slot_rows[slot];
-      if (row >= 0 && row < a_.num_rows) slots_[size++] = row;
-    }
-    for (size_t i = 0; i < std::min<size_t>(kPrefetchRows, size); ++i) prefetch(slots_[i]);
-    for (size_t i = 0; i < size; ++i) {
-      if (i + kPrefetchRows < size) prefetch(slots_[i + kPrefetchRows]);
-      keep(exact(query, slots_[i]), slots_[i]);
-    }
-  }
-
-  void estimate(const Search& search) {
-    for (const int32_t slot : slots_) {
-      if (a_.slot_rows[slot] >= 0) keep(search.scorer.score_one(slot), a_.slot_rows[slot]);
-    }
-  }
-
   // The k best rows, each once: a row that lies in two leaves has two slots.
   void write_distinct(float* scores, int32_t* ids) {
     const auto k = static_cast<size_t>(a_.k);
-    size_t sorted = std::min(found_.size(), 2 * k + 8);
+    if (a_.rescore > 0 && a_.k <= kInserted) return insert_distinct(scores, ids);
+    size_t sorted = std::min(scratch_.found.size(), 2 * k + 8);
     for (;;) {
-      if (sorted < found_.size()) {
-        std::nth_element(found_.begin(), found_.begin() + static_cast<int64_t>(sorted), found_.end());
+      if (sorted < scratch_.found.size()) {
+        std::nth_element(scratch_.found.begin(), scratch_.found.begin() + static_cast<int64_t>(sorted), scratch_.found.end());
       }
-      std::sort(found_.begin(), found_.begin() + static_cast<int64_t>(sorted));
+      std::sort(scratch_.found.begin(), scratch_.found.begin() + static_cast<int64_t>(sorted));
       size_t written = 0;
       for (size_t i = 0; i < sorted && written < k; ++i) {
-        const auto row = static_cast<int32_t>(found_[i] & 0xffffffffu);
+        const auto row = static_cast<int32_t>(scratch_.found[i] & 0xffffffffu);
         if (std::find(ids, ids + written, row) != ids + written) continue;
-        const auto high = static_cast<uint32_t>(found_[i] >> 32) ^ 0x7fffffffu;
+        const auto high = static_cast<uint32_t>(scratch_.found[i] >> 32) ^ 0x7fffffffu;
         scores[written] = from_ordered(static_cast<int32_t>(high));
         ids[written++] = row;
       }
-      if (written == k || sorted == found_.size()) {
+      if (written == k || sorted == scratch_.found.size()) {
         std::fill(scores + written, scores + k, kMinusInfinity);
         std::fill(ids + written, ids + k, -1);
         return;
       }
-      sorted = found_.size();
+      sorted = scratch_.found.size();
     }
   }
 
-  struct Visit {
-    int32_t search;
-    int32_t shift;
-  };
+  // The same for few results: both slots of a row have its exact score, so its keys are equal.
+  void insert_distinct(float* scores, int32_t* ids) const {
+    uint64_t best[kInserted + 1];
+    std::fill(best, best + a_.k + 1, ~uint64_t{0});
+    for (const uint64_t key : scratch_.found) {
+      if (key >= best[a_.k - 1]) continue;
+      int64_t at = a_.k - 1;
+      while (at > 0 && best[at - 1] > key) --at;
+      if (at > 0 && best[at - 1] == key) continue;
+      for (int64_t i = a_.k - 1; i > at; --i) best[i] = best[i - 1];
+      best[at] = key;
+    }
+    for (int64_t i = 0; i < a_.k; ++i) {
+      const bool found = best[i] != ~uint64_t{0};
+      const auto high = static_cast<uint32_t>(best[i] >> 32) ^ 0x7fffffffu;
+      scores[i] = found ? from_ordered(static_cast<int32_t>(high)) : kMinusInfinity;
+      ids[i] = found ? static_cast<int32_t>(best[i] & 0xffffffffu) : -1;
+    }
+  }
 
   const TreeSearchArguments& a_;
+  Scratch& scratch_;
   const Kernels& scan_;
   const TreeKernels& tree_;
   int64_t stride_, rounded_bytes_, expanded_bytes_, table_floats_, tiles_, pairs_, kept_;
-  std::vector<Search> searches_;
-  std::vector<uint64_t> best_, found_;
-  std::vector<int32_t> slots_;
-  std::vector<int64_t> begins_;
-  std::vector<Visit> visits_;
-  std::vector<ScanQuery> batch_;
-  Aligned<float> tables_, padded_;
-  Aligned<uint8_t> expanded_, rounded_;
-  Aligned<int16_t> rounded_query_;
-  Aligned<int32_t> products_, keys_;
 };
 
 }  // namespace
@@ -399,8 +467,10 @@ void tree_search(const TreeSearchArguments& a, Pool& pool) {
   const int64_t tile = std::max<int64_t>(1, std::min(kTile, share));
   const int64_t tiles = (a.num_queries + tile - 1) / tile;
   parallel_for(pool, threads, tiles, [&](int64_t t) {
-    Worker worker(a);
+    thread_local Scratch scratch;
+    Worker worker(a, scratch);
     worker.run(t * tile, std::min(tile, a.num_queries - t * tile));
+    if (tile * worker.kept() > kRetained) scratch = Scratch();
   });
 }
 

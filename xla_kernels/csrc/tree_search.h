@@ -53,15 +53,19 @@ void tree_search(const TreeSearchArguments& arguments, Pool& pool);
 
 // What differs between instruction sets.
 struct TreeKernels {
-  // Inner products of a query rounded to int16 with all tiles of centroids, into int32[tiles * 16].
+  // Inner products of queries int16[num_queries][2 * num_pairs] with all tiles of centroids, into
+  // int32[num_queries][tiles * 16].
   void (*leaf_products)(const int16_t* tiles, int64_t num_tiles, int64_t num_pairs,
-                        const int16_t* query, int32_t* out);
+                        const int16_t* queries, int64_t num_queries, int32_t* out);
   // table[s][j] = sum_w query[s * width + w] * codewords[s][w][j]; the query is padded with zeros.
   void (*build_table)(const float* codewords, const float* query, int64_t num_subspaces,
                       int64_t width, int64_t num_codewords, float* table);
   // Rounds a table of 16 codewords a subspace to bytes of step *delta above *base.
   void (*round16)(const float* table, int64_t num_subspaces, int32_t top, uint8_t* out, float* base,
                   float* delta);
+  void (*measure)(const float* query, int64_t dim, float* peak, float* poison);
+  float (*scaled_square)(const float* query, int64_t dim, float scale);
+  void (*round_query)(const float* query, int64_t dim, float scale, int16_t* out);
   float (*dot)(const float* query, const float* row, int64_t dim);
   float (*dot_bfloat16)(const float* query, const uint16_t* row, int64_t dim);
   float (*dot_int8)(const float* query, const int8_t* row, int64_t dim);

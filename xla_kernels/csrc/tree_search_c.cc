@@ -26,12 +26,11 @@ struct XlaKernelsTreeSearch {
   double centroid_scale;
 };
 
-// Searches num_queries queries on the calling thread. The caller has checked shapes and the rise of
-// `starts` once for all calls. Returns 0, or 1, with nothing written, where a finite query is so
+// Searches num_queries queries on the calling thread; results holds the scores [num_queries, k] and
+// after them the rows. The caller has checked shapes and the rise of `starts` once for all calls. Returns 0, or 1, with nothing written, where a finite query is so
 // large or small that it should be rescaled first.
 __attribute__((visibility("default"))) int xla_kernels_tree_search_direct(
-    const XlaKernelsTreeSearch* tree, const float* queries, int64_t num_queries, float* scores,
-    int32_t* ids) {
+    const XlaKernelsTreeSearch* tree, const float* queries, int64_t num_queries, float* results) {
   for (int64_t q = 0; q < num_queries; ++q) {
     float peak = 0, poison = 0;
     for (int64_t i = 0; i < tree->dim; ++i) {
@@ -70,8 +69,8 @@ __attribute__((visibility("default"))) int xla_kernels_tree_search_direct(
   a.leaves_to_search = tree->leaves_to_search;
   a.rescore = tree->rescore;
   a.k = tree->k;
-  a.scores = scores;
-  a.ids = ids;
+  a.scores = results;
+  a.ids = reinterpret_cast<int32_t*>(results + num_queries * tree->k);
   Pool none;
   tree_search(a, none);
   return 0;

@@ -114,14 +114,17 @@ def direct_tree_search(
         **{name: array.ctypes.data for name, array in held.items()},
     )
     run = handle.xla_kernels_tree_search_direct
-    run.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] + [ctypes.c_void_p] * 2
+    run.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] + [ctypes.c_void_p]
     address = ctypes.addressof(arguments)
+    address_of = (ctypes.c_char * 0).from_buffer
 
     def find(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         b = len(queries)
-        scores, ids = np.empty((b, k), np.float32), np.empty((b, k), np.int32)
-        status = run(address, queries.ctypes.data, b, scores.ctypes.data, ids.ctypes.data)
-        return None if status else (scores, ids)
+        results = np.empty((2, b, k), np.float32)
+        # A copy as bytes and a view of the buffer cost a tenth of what `ndarray.ctypes` does.
+        if run(address, queries.tobytes(), b, address_of(results)):
+            return None
+        return results[0], results[1].view(np.int32)
 
     find.held = arguments, held  # type: ignore[attr-defined]
     return find

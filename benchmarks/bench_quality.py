@@ -1,0 +1,310 @@
+"""Recall of codes of equal size: ours beside the quantizers of FAISS and ScaNN.
+
+Exhaustive scoring of unit rows with float tables, no rescoring; every code of one size, or of those
+sizes that are near it (a scale adds four bits; FAISS's RaBitQ stores factors). ``--only`` makes some
+groups of systems and keeps the others of an earlier run, whose environment stays beside them.
+Ours are scored by the kernel that searches them; codes behind a tree by their decoded rows, which
+order rows as their tables do. Times are CPU seconds (or microseconds) of this process.
+
+    python benchmarks/bench_quality.py --dataset glove6b-100.hdf5 --bits 100
+"""
+
+import json
+import math
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+import record
+
+import avq_jax
+from avq_jax.evaluation import read_hdf5
+from xla_kernels import adc_top_k, pack_codes
+
+
+def unit(x):
+    x = np.asarray(x, np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+class Task:
+    """The data, and what every system is measured by."""
+
+    def __init__(self, args):
+        data = read_hdf5(args.dataset)
+        self.name, self.bits = data.name, args.bits
+        self.x, self.queries = unit(data.train), unit(data.test)
+        self.truth = np.asarray(data.neighbors)[:, :100]
+        self.n, self.dim = self.x.shape
+        rng = np.random.default_rng(args.seed)
+        self.picked = np.sort(rng.choice(self.n, min(args.sample, self.n), replace=False))
+        self.learn = self.x[self.picked]
+        self.key = jax.random.key(args.seed)
+        self.iterations, self.leaves = args.iterations, args.leaves
+        norms = np.ones(self.n, np.float32)
+        self.weight = avq_jax.Threshold(avq_jax.default_threshold(norms, dim=self.dim))
+        self.rows = []
+
+    def scaling(self, n):
+        return avq_jax.scaling(self.weight, np.ones(n, np.float32), dim=self.dim)
+
+    def recall(self, ids):
+        ids = np.asarray(ids)
+        hits = [len(np.intersect1d(a, b[:10])) for a, b in zip(ids, self.truth, strict=True)]
+        return {
+            "1@1": float(avq_jax.recall_1_at_n(ids, self.truth, n=1)),
+            "1@10": float(avq_jax.recall_1_at_n(ids, self.truth, n=10)),
+            "10@100": float(np.mean(hits) / 10),
+        }
+
+    def add(self, name, bits, ids, **more):
+        row = {"name": name, "bits": float(bits), **self.recall(ids), **more}
+        self.rows.append(row)
+        print(row, flush=True)
+
+
+def cpu(function):
+    """Result of a call and its CPU seconds."""
+    begin = time.process_time()
+    result = jax.block_until_ready(function())
+    return result, time.process_time() - begin
+
+
+def ours(task, name, codec, fit_s, scaling, **options):
+    """Encode all rows with a codec, search them by their codes, and time both."""
+    codes, encode_s = cpu(lambda: avq_jax.encode(codec, task.x, scaling, **options))
+    packed = pack_codes(codes.codes, num_codewords=codec.num_codewords)
+    table = jax.jit(avq_jax.lookup_table)
+    jax.block_until_ready(table(codec, task.queries))
+    tables, table_s = cpu(lambda: table(codec, task.queries))
+    found = adc_top_k(tables[:64], packed, 100, gain=codes.gain)
+    found, scan_s = cpu(lambda: adc_top_k(tables, packed, 100, gain=codes.gain))
+    task.add(
+        name,
+        codec.bits,
+        found[1],
+        fit_s=fit_s,
+        encode_s=encode_s,
+        table_us=1e6 * table_s / len(task.queries),
+        scan_ns=1e9 * scan_s / len(task.queries) / task.n,
+    )
+
+
+def run_ours(task):
+    """Product and additive codes, flat, each with and without a scale."""
+    few, everything = task.scaling(len(task.learn)), task.scaling(task.n)
+    m = round(task.bits / 4)
+    if m <= task.dim:
+        options = {"num_subspaces": m, "num_iterations": 25, "progress": False}
+        (plain, _), fit_s = cpu(lambda: avq_jax.fit(task.key, task.learn, None, **options))
+        ours(task, "PQ, reconstruction", plain.codebook, fit_s, None)
+        (state, _), fit_s = cpu(lambda: avq_jax.fit(task.key, task.learn, few, **options))
+        ours(task, "PQ, score-aware", state.codebook, fit_s, everything)
+        scaled, more_s = cpu(lambda: avq_jax.fit_scale(state.codebook, task.learn, few))
+        ours(task, "PQ, score-aware, scale", scaled, fit_s + more_s, everything)
+    for k in (16, 256):
+        m = round(task.bits / math.log2(k))
+        if abs(m * math.log2(k) - task.bits) > 4:
+            continue
+        (codec, _), fit_s = cpu(
+            lambda m=m, k=k: avq_jax.fit_additive(
+                task.key,
+                task.learn,
+                few,
+                num_codebooks=m,
+                num_codewords=k,
+                num_iterations=task.iterations,
+                progress=False,
+            )
+        )
+        ours(task, f"additive {m} x {k}", codec, fit_s, everything)
+        scaled, more_s = cpu(lambda codec=codec: avq_jax.fit_scale(codec, task.learn, few))
+        ours(task, f"additive {m} x {k}, scale", scaled, fit_s + more_s, everything)
+
+
+def run_tree(task):
+    """The same codes of the residuals behind a tree, the loss along the original rows."""
+    tree = avq_jax.build(
+        task.key,
+        task.x,
+        num_leaves=task.leaves,
+        num_subspaces=1,
+        num_iterations=25,
+        rescore_dtype=None,
+        progress=False,
+    ).tree
+    centroids = np.asarray(tree.centroids)
+    leaves = np.asarray(avq_jax.brute_force(task.x, centroids, k=1, metric="l2").ids)[:, 0]
+    residual = task.x - centroids[leaves]
+    few, everything = task.scaling(len(task.learn)), task.scaling(task.n)
+    learn = residual[task.picked]
+
+    def add(name, codec, fit_s):
+        codes, encode_s = cpu(lambda: avq_jax.encode(codec, residual, everything, direction=task.x))
+        rows = centroids[leaves] + np.asarray(avq_jax.decode(codec, codes))
+        ids = avq_jax.brute_force(task.queries, rows, k=100).ids
+        name = f"{name}, {task.leaves} leaves"
+        task.add(name, codec.bits, ids, fit_s=fit_s, encode_s=encode_s)
+
+    m = round(task.bits / 4)
+    options = {"num_subspaces": m, "num_iterations": 25, "direction": task.learn}
+    (state, _), fit_s = cpu(lambda: avq_jax.fit(task.key, learn, few, progress=False, **options))
+    add("PQ, score-aware", state.codebook, fit_s)
+    (codec, _), fit_s = cpu(
+        lambda: avq_jax.fit_additive(
+            task.key,
+            learn,
+            few,
+            num_codebooks=m,
+            num_iterations=task.iterations,
+            direction=task.learn,
+            progress=False,
+        )
+    )
+    add(f"additive {m} x 16", codec, fit_s)
+    scaled = avq_jax.fit_scale(codec, learn, few, direction=task.learn)
+    add(f"additive {m} x 16, scale", scaled, fit_s)
+
+
+def decoded(task, name, bits, quantizer, learn, transform=None):
+    """A quantizer of FAISS, scored by its decoded rows."""
+
+    def rotate(x):
+        return x if transform is None else transform.apply(np.ascontiguousarray(x))
+
+    def train():
+        if transform is not None:
+            transform.train(learn)
+        quantizer.train(rotate(learn))
+
+    _, fit_s = cpu(train)
+    codes, encode_s = cpu(lambda: quantizer.compute_codes(rotate(task.x)))
+    ids = avq_jax.brute_force(rotate(task.queries), quantizer.decode(codes), k=100).ids
+    task.add(f"FAISS {name}", bits, ids, fit_s=fit_s, encode_s=encode_s)
+
+
+def run_lsq(task):
+    """FAISS's local search quantizer, an additive code under the reconstruction loss."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    m = round(task.bits / 4)
+    lsq = faiss.LocalSearchQuantizer(task.dim, m, 4)
+    decoded(task, f"LSQ {m} x 16", 4 * m, lsq, task.learn[:20_000])
+
+
+def run_faiss(task):
+    """FAISS's product, optimized product, binary and RaBitQ quantizers."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    d, m = task.dim, round(task.bits / 4)
+
+    few = task.learn[:50_000]
+    for count, wide in ((m, 4), (round(task.bits / 8), 8)):
+        if abs(count * wide - task.bits) > 4 or count > d:
+            continue
+        width = -(-d // count) * count
+        padded = faiss.OPQMatrix(d, count, width)
+        padded.niter, padded.max_train_points = 15, 20_000
+        decoded(
+            task,
+            f"OPQ {count} x {2**wide}",
+            count * wide,
+            faiss.ProductQuantizer(width, count, wide),
+            few,
+            padded,
+        )
+        if d % count == 0:
+            pq = faiss.ProductQuantizer(d, count, wide)
+            decoded(task, f"PQ {count} x {2**wide}", count * wide, pq, task.learn)
+
+    def whole(name, bits, index):
+        _, fit_s = cpu(lambda: index.train(task.learn))
+        _, encode_s = cpu(lambda: index.add(task.x))
+        (_, ids), scan_s = cpu(lambda: index.search(task.queries, 100))
+        scan_ns = 1e9 * scan_s / len(task.queries) / task.n
+        task.add(f"FAISS {name}", bits, ids, fit_s=fit_s, encode_s=encode_s, scan_ns=scan_ns)
+
+    if task.bits <= d:
+        itq = faiss.index_factory(d, f"ITQ{task.bits // 4 * 4},LSHt")
+        whole("ITQ", task.bits // 4 * 4, itq)
+    rabitq = faiss.IndexRaBitQ(d, faiss.METRIC_INNER_PRODUCT)
+    bits = 8 * rabitq.code_size  # one a dimension, and the factors of a row
+    if abs(bits - task.bits) <= 0.75 * task.bits:
+        rotation = faiss.RandomRotationMatrix(d, d)
+        whole("RaBitQ", bits, faiss.IndexPreTransform(rotation, rabitq))
+
+
+def run_scann(task):
+    """ScaNN's codes alone, exhaustively; the best of its thresholds by 1@10."""
+    import scann
+
+    for width in (2, 3, 4, 6, 8, 12, 16):
+        count = -(-task.dim // width)
+        if abs(4 * count - task.bits) > 4:
+            continue
+        best = None
+        for threshold in (float("nan"), 0.7, 1.0, 1.4, 2.0):
+            T = threshold * float(task.weight.T)
+            builder = scann.scann_ops_pybind.builder(task.x, 100, "dot_product")
+            searcher, fit_s = cpu(
+                lambda b=builder, w=width, T=T: b.score_ah(
+                    w, anisotropic_quantization_threshold=T, training_sample_size=len(task.learn)
+                ).build()
+            )
+            ids, scan_s = cpu(lambda s=searcher: s.search_batched(task.queries)[0])
+            got = task.recall(ids.astype(np.int64))["1@10"]
+            if best is None or got > best[0]:
+                best = (got, T, ids.astype(np.int64), fit_s, scan_s)
+        _, T, ids, fit_s, scan_s = best
+        scan_ns = 1e9 * scan_s / len(task.queries) / task.n
+        name = f"ScaNN AH, {width} dimensions a code, T={T:.3g}"
+        task.add(name, 4 * count, ids, fit_s=fit_s, scan_ns=scan_ns)
+        return
+
+
+def main(argv=None):
+    parser = record.arguments(
+        __doc__.splitlines()[0], bits=100, sample=100_000, iterations=25, leaves=600, seed=0
+    )
+    parser.add_argument("--only", nargs="*", default=list(GROUPS), choices=list(GROUPS))
+    args = parser.parse_args(argv)
+    task = Task(args)
+    name = f"quality_{task.name}_{args.bits}"
+    earlier = pathlib.Path(args.output or record.RESULTS / f"{name}.json")
+    groups = json.loads(earlier.read_text())["groups"] if earlier.exists() else {}
+    for group in args.only:
+        task.rows = []
+        GROUPS[group](task)
+        groups[group] = {
+            "environment": record.environment("faiss-cpu", "scann"),
+            "sample": len(task.learn),
+            "iterations": args.iterations,
+            "seed": args.seed,
+            "results": task.rows,
+        }
+    result = {
+        "benchmark": "quality",
+        "dataset": task.name,
+        "bits": args.bits,
+        "rows": task.n,
+        "queries": len(task.queries),
+        "T": float(task.weight.T),
+        "groups": {group: groups[group] for group in GROUPS if group in groups},
+    }
+    record.write(name, result, args.output)
+
+
+GROUPS = {
+    "ours": run_ours,
+    "tree": run_tree,
+    "faiss": run_faiss,
+    "lsq": run_lsq,
+    "scann": run_scann,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
