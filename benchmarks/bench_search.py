@@ -49,16 +49,7 @@ def avq_sides(x, leaves, m):
     )
     built = time.process_time() - begin
     settings = [(3, 30), (4, 35), (5, 40), (7, 40), (9, 45), (11, 50), (14, 60), (18, 70)]
-    settings += [
-        (22, 80),
-        (27, 80),
-        (32, 90),
-        (42, 120),
-        (56, 160),
-        (64, 200),
-        (80, 230),
-        (110, 260),
-    ]
+    settings += [(22, 80), (27, 80), (32, 90), (42, 120), (56, 160), (64, 200), (80, 230), (110, 260)]
 
     def handle(setting):
         find = avq_jax.searcher(index, k=10, leaves_to_search=setting[0], rescore=setting[1])

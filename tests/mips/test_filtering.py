@@ -112,6 +112,7 @@ class TestRecall:
             handle = avq_jax.searcher(index, allowed=mask, **options)(q)
             np.testing.assert_array_equal(handle.ids, found.ids)
 
+
     @pytest.mark.full
     def test_under_shard_map(self, data, index):
         x, q = data

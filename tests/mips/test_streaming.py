@@ -1,7 +1,10 @@
 """Builds that write as they read: the same index, whatever the source, and after a kill."""
 
 import json
+import os
 import re
+import threading
+import time
 
 import h5py
 import jax
@@ -134,3 +137,44 @@ def test_faults(rows, tmp_path, monkeypatch):
     (tmp_path / "mine" / "notes").write_text("mine")
     with pytest.raises(ValueError, match="holds 'notes'"):
         write(rows, tmp_path / "mine")
+
+
+def anonymous_bytes():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """Five times the rows, 77 MB of them: the peak of anonymous memory grows by less than 25 MB."""
+
+    def peak_of(count):
+        def source():
+            for seed in range(count // 4096):
+                rng = np.random.default_rng(seed)
+                yield rng.standard_normal((4096, 64), np.float32)
+
+        peak, done = 0, threading.Event()
+
+        def watch():
+            nonlocal peak
+            while not done.is_set():
+                peak = max(peak, anonymous_bytes())
+                time.sleep(0.005)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            sizes = {"num_leaves": 32, "num_subspaces": 16, "num_iterations": 2}
+            sizes |= {"sample_size": 4096, "chunk_rows": 4096}
+            write(source, tmp_path / str(count), **sizes)
+        finally:
+            done.set()
+            watcher.join()
+        return peak
+
+    peak_of(15 * 4096)
+    few = peak_of(15 * 4096)
+    many = peak_of(75 * 4096)
+    assert many - few < 25e6
