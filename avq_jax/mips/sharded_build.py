@@ -139,6 +139,7 @@ def build_sharded(
         weight = Uniform() if metric == "l2" else Threshold(jnp.float32(T))
     weight = _as_pytree(weight)
     terms = _loss_terms(weight, norms, x, metric)
+    mesh = Mesh(mesh.devices, mesh.axis_names)  # without the explicit axes of jax.make_mesh
     place = NamedSharding(mesh, PartitionSpec(axis))
     devices = mesh.shape[axis]
 

@@ -112,6 +112,8 @@ def fit_sharded(
         raise ValueError(
             f"x must have a multiple of {mesh.shape[axis]} rows, the devices of {axis!r}; got {n}"
         )
+    # Axes of jax.make_mesh are explicit, and the draw of the first codewords gathers rows.
+    mesh = Mesh(mesh.devices, mesh.axis_names)
     place = NamedSharding(mesh, PartitionSpec(axis))
     rows = jax.tree.map(lambda a: jax.device_put(a, place), rows)
     options = _Options(choose_solver("auto", m, k, -(-d // m)), num_sweeps, axis)
