@@ -168,8 +168,8 @@ def put_code_rows(packed: PackedCodes, rows: jax.Array, codes: jax.Array) -> Pac
     """
     data, m = packed.data, packed.num_subspaces
     if packed.layout == "columns":
-        at = jnp.where(rows >= 0, rows, packed.num_rows)
-        return dataclasses.replace(packed, data=data.at[:, at].set(codes.T, mode="drop"))
+        row = jnp.where(rows >= 0, rows, packed.num_rows)
+        return dataclasses.replace(packed, data=data.at[:, row].set(codes.T, mode="drop"))
     size = block_size(packed.layout)
     # Beyond the last block nothing is written.
     block = jnp.where(rows >= 0, rows // size, data.shape[0])[:, None]

@@ -8,6 +8,9 @@ from avq_jax.mips.index import Index, Tree, user_ids
 from avq_jax.mips.io import IndexFormatError, load, save
 from avq_jax.mips.rebalancing import Statistics, rebalance, statistics
 from avq_jax.mips.searcher import search, searcher
+from avq_jax.mips.sharded import ShardedIndex, search_sharded, shard
+from avq_jax.mips.sharded_build import build_sharded
+from avq_jax.mips.streaming import build_to_disk
 from avq_jax.mips.tuning import Tuned, tune
 from avq_jax.mips.updates import Added, add, remove, replace, row_numbers
 
@@ -17,12 +20,15 @@ __all__ = [
     "Index",
     "IndexFormatError",
     "SearchResult",
+    "ShardedIndex",
     "Statistics",
     "Tree",
     "Tuned",
     "add",
     "brute_force",
     "build",
+    "build_sharded",
+    "build_to_disk",
     "compact",
     "default_threshold",
     "explain",
@@ -35,7 +41,9 @@ __all__ = [
     "row_numbers",
     "save",
     "search",
+    "search_sharded",
     "searcher",
+    "shard",
     "statistics",
     "tune",
     "user_ids",

@@ -20,11 +20,11 @@ from avq_jax.mips.partition import check_slots, lay_out
 from avq_jax.mips.rescoring import Store
 from xla_kernels import unpack_codes
 
-__all__ = ["compact", "held_rows", "reserve", "with_room"]
+__all__ = ["Held", "compact", "held_rows", "held_slots", "reserve", "with_room"]
 
 
-class _Held(NamedTuple):
-    """The slots of a tree that hold a row, leaf by leaf."""
+class Held(NamedTuple):
+    """The slots of a tree that hold a row, leaf by leaf: leaf, row number, codes, offset."""
 
     leaves: np.ndarray
     rows: np.ndarray
@@ -32,16 +32,16 @@ class _Held(NamedTuple):
     offset: np.ndarray | None
 
 
-def _held_slots(tree: Tree) -> _Held:
+def held_slots(tree: Tree) -> Held:
+    """Take the held slots out of a tree, by row inside a leaf, which is how `lay_out` has them."""
     packed = tree.packed
     rows = np.asarray(packed.slot_rows)
     at = np.flatnonzero(rows >= 0)
     sizes = np.diff(np.asarray(packed.starts)) * packed.block
     leaves = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    # By row inside a leaf, which is how `lay_out` wants them.
     at = at[np.lexsort((rows[at], leaves[at]))]
     offset = None if tree.offset is None else np.asarray(tree.offset)[at]
-    return _Held(leaves[at], rows[at], np.asarray(unpack_codes(packed.codes))[at], offset)
+    return Held(leaves[at], rows[at], np.asarray(unpack_codes(packed.codes))[at], offset)
 
 
 def held_rows(index: Index) -> Any:
@@ -68,7 +68,7 @@ def held_rows(index: Index) -> Any:
     return jnp.asarray(index.store.held)
 
 
-def _lay_out_again(tree: Tree, held: _Held, rows: np.ndarray, room: np.ndarray | None) -> Tree:
+def _lay_out_again(tree: Tree, held: Held, rows: np.ndarray, room: np.ndarray | None) -> Tree:
     """The held slots under new row numbers, each leaf in at least ``room`` blocks."""
     packed = tree.packed
     layout = lay_out(held.leaves, num_leaves=len(packed.starts) - 1, block=packed.block, room=room)
@@ -106,7 +106,7 @@ def with_room(tree: Tree, numbers: np.ndarray, capacity: int) -> Tree:
     Raises:
       ValueError: more slots than int32 can number.
     """
-    held = _held_slots(tree)
+    held = held_slots(tree)
     sizes = np.bincount(held.leaves, minlength=tree.centroids.shape[0])
     factor = capacity / max(1, len(np.unique(held.rows)))
     block = tree.packed.block
@@ -188,7 +188,7 @@ def compact(index: Index) -> Index:
         raise ValueError("index must hold at least one row to be made compact; it holds none")
     tree = index.tree
     if tree is not None:
-        slots = _held_slots(tree)
+        slots = held_slots(tree)
         number = np.cumsum(held, dtype=np.int32) - 1
         tree = _lay_out_again(tree, slots, number[slots.rows], None)
     store = index.store

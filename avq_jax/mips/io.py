@@ -12,6 +12,8 @@ import json
 import os
 import pathlib
 import re
+import secrets
+import shutil
 import stat
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -96,12 +98,7 @@ def _save_folder(
     made = not folder.exists()
     folder.mkdir(exist_ok=True)
     with safe_files.locked_folder(folder):
-        before = {entry.name for entry in os.scandir(folder)}
-        foreign = sorted(name for name in before if not _OURS.fullmatch(name))
-        if foreign and MAGIC.encode() not in _bytes_of(folder / _HEADER):
-            raise ValueError(
-                f"path must be an index or an empty directory; {str(folder)!r} holds {foreign[0]!r}"
-            )
+        before = check_folder(folder)
         names = {_file_name(name, spec) for name, spec in specs.items()}
         try:
             for name, spec in specs.items():
@@ -117,6 +114,55 @@ def _save_folder(
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             raise
+        for old in before - names - {_HEADER}:
+            if _OURS.fullmatch(old):
+                (folder / old).unlink(missing_ok=True)
+    safe_files.sync_folder(folder.parent)
+
+
+def check_folder(folder: pathlib.Path) -> set[str]:
+    """Names in a directory that an index may be written to; empty where there is none.
+
+    Raises:
+      ValueError: it holds other things than an index, or is a file.
+    """
+    if not folder.exists():
+        return set()
+    if not folder.is_dir():
+        raise ValueError(f"path must be a directory; {str(folder)!r} is a file")
+    names = {entry.name for entry in os.scandir(folder)}
+    foreign = sorted(name for name in names if not _OURS.fullmatch(name))
+    if foreign and MAGIC.encode() not in _bytes_of(folder / _HEADER):
+        raise ValueError(
+            f"path must be an index or an empty directory; {str(folder)!r} holds {foreign[0]!r}"
+        )
+    return names
+
+
+def install(
+    folder: pathlib.Path,
+    header: Mapping[str, Any],
+    specs: Mapping[str, Spec],
+    files: Mapping[str, pathlib.Path],
+) -> None:
+    """Make an index of tensor files that are written and synced, one a tensor, by links to them.
+
+    Killed at any moment it leaves the old index or the new one, and the files where they were.
+    """
+    folder.mkdir(exist_ok=True)
+    with safe_files.locked_folder(folder):
+        before = check_folder(folder)
+        names = {_file_name(name, spec) for name, spec in specs.items()}
+        for name, spec in specs.items():
+            temporary = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+            try:
+                os.link(files[name], temporary)
+            except OSError:  # a file system without links
+                shutil.copyfile(files[name], temporary)
+            os.replace(temporary, folder / _file_name(name, spec))
+        safe_files.sync_folder(folder)
+        with safe_files.replacing(folder / _HEADER) as file:
+            file.write(safe_files.dump_header(header))
         for old in before - names - {_HEADER}:
             if _OURS.fullmatch(old):
                 (folder / old).unlink(missing_ok=True)

@@ -12,12 +12,13 @@ from jaxtyping import Array, Float, Int32, Int64
 from avq_jax.loss import Scaling
 from avq_jax.progress import steps
 from avq_jax.quantization.rows import Rows, in_blocks, unit
-from avq_jax.quantization.update import solve
+from avq_jax.quantization.update import over_devices, solve, worst_rows
 
 __all__ = [
     "Layout",
     "anisotropic_centroids",
     "check_slots",
+    "k_means_step",
     "lay_out",
     "nearest_centroids",
     "spill_losses",
@@ -65,19 +66,30 @@ def _assign(x: Float[Array, "n d"], centroids: Float[Array, "L d"]) -> Int32[Arr
     return leaves.reshape(-1)[: x.shape[0]]
 
 
-@jax.jit
-def _k_means_step(x: Float[Array, "n d"], centroids: Float[Array, "L d"]):
+def k_means_step(
+    x: Float[Array, "n d"], centroids: Float[Array, "L d"], axis: str | None = None
+) -> tuple[Float[Array, "L d"], Float[Array, ""]]:
+    """New centroids and the mean squared distance to the old; rows may be shared out over devices.
+
+    With ``axis``, a mesh axis of ``shard_map``, x are the rows of this device, as many on each.
+    """
     num_leaves = centroids.shape[0]
     leaves = _assign(x, centroids)
     size = jax.ops.segment_sum(jnp.ones(x.shape[0], jnp.float32), leaves, num_leaves)
     total = jax.ops.segment_sum(x, leaves, num_leaves)
+    size, total = over_devices(size, axis), over_devices(total, axis)
     fresh = total / jnp.maximum(size, 1)[:, None]
     # An empty leaf restarts at one of the rows that lie farthest from their centroid.
     distance = jnp.sum((x - centroids[leaves]) ** 2, axis=1)
-    far = x[jax.lax.top_k(distance, num_leaves)[1]]
+    far = worst_rows(x, distance, num_leaves, axis)
     empty = size == 0
     far = far[jnp.maximum(jnp.cumsum(empty.astype(jnp.int32)) - 1, 0)]
-    return jnp.where(empty[:, None], far, fresh), jnp.mean(distance)
+    mean = jnp.mean(distance)
+    mean = mean if axis is None else jax.lax.pmean(mean, axis)
+    return jnp.where(empty[:, None], far, fresh), mean
+
+
+_k_means_step = jax.jit(k_means_step, static_argnames="axis")
 
 
 def train_centroids(

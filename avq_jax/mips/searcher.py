@@ -74,7 +74,7 @@ def effort_of(
     return Effort(k, leaves, rescore, implementation)
 
 
-def _as_mask(allowed: Any, b: int | None, n: int) -> Any:
+def _as_mask(allowed: Any, b: Any, n: int) -> Any:
     if allowed is None:
         return None
     allowed = jnp.asarray(allowed)

@@ -13,18 +13,21 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 import xla_kernels
-from avq_jax.checks import as_queries, is_traced
+from avq_jax.checks import as_count, as_queries, is_traced
 from avq_jax.mips.capacity import held_slots
 from avq_jax.mips.exact import SearchResult
-from avq_jax.mips.index import Index
+from avq_jax.mips.exact import _power_of_two as power_of_two
+from avq_jax.mips.index import Index, Tree
 from avq_jax.mips.partition import lay_out
-from avq_jax.mips.searcher import _effort
-from xla_kernels import Implementation, PackedTree
+from avq_jax.mips.searcher import search
+from avq_jax.quantization.rows import unit
+from xla_kernels import Implementation, PackedTree, best_rows, rescore_top_k, row_scores
 
 __all__ = ["ShardedIndex", "search_sharded", "shard"]
 
@@ -99,7 +102,7 @@ def shard(index: Index, mesh: Mesh, *, axis: str) -> ShardedIndex:
     each = -(-index.num_rows // count)
     parts = [_part(index, s * each, (s + 1) * each) for s in range(count)]
     # Shapes are the same on all devices: free blocks at the end, which no leaf owns.
-    slots = max(part.slot_rows.shape[0] for part in parts)
+    slots = max(parts[0].block, *(part.slot_rows.shape[0] for part in parts))
     packed = jax.tree.map(lambda *a: np.stack(a), *(_padded_tree(part, slots) for part in parts))
     rows = scale = None
     if index.store is not None:
@@ -111,8 +114,7 @@ def shard(index: Index, mesh: Mesh, *, axis: str) -> ShardedIndex:
         return jax.make_array_from_callback(a.shape, place, lambda part: a[part])
 
     packed, rows, scale = jax.tree.map(put, (packed, rows, scale))
-    rest = dataclasses.replace(index, tree=None, store=None, ids=None, weight=None)
-    rest = dataclasses.replace(rest, ids=None if index.ids is None else np.asarray(index.ids))
+    rest = dataclasses.replace(index, tree=None, store=None, weight=None)
     return ShardedIndex(rest, packed, rows, scale, mesh, axis, each)
 
 
@@ -127,7 +129,7 @@ def _part(index: Index, begin: int, end: int) -> PackedTree:
     packed = index.tree.packed
     held = held_slots(index.tree)
     mine = (held.rows >= begin) & (held.rows < end)
-    layout = lay_out(held.leaves[mine], num_leaves=packed.centroids.shape[0], block=packed.block)
+    layout = lay_out(held.leaves[mine], num_leaves=len(packed.starts) - 1, block=packed.block)
     entries = np.asarray(layout.slots)
     at, full = np.maximum(entries, 0), entries >= 0
     if not mine.any():
@@ -207,18 +209,84 @@ def search_sharded(
     True
     """
     index = sharded.index
-    rows, single = as_queries(queries, width=index.dim)
-    has_rows = sharded.rows is not None
-    effort = _effort(index, k, leaves_to_search, rescore, implementation, has_rows)
-    effort = effort._replace(
-        leaves_to_search=min(leaves_to_search or index.leaves_to_search, _num_leaves(sharded))
-    )
-    if queries_axis is not None and (
-        queries_axis == sharded.axis or queries_axis not in sharded.mesh.shape
-    ):
+    q, single = as_queries(queries, width=index.dim)
+    k = as_count(k, name="k")
+    leaves = index.leaves_to_search if leaves_to_search is None else leaves_to_search
+    leaves = as_count(leaves, name="leaves_to_search")
+    if rescore is None:
+        rescore = max(10 * k, 100) if sharded.rows is not None else 0
+    rescore = as_count(rescore, name="rescore", minimum=0)
+    if rescore and (sharded.rows is None or rescore < k):
         raise ValueError(
-            f"queries_axis must be an axis of the mesh other than {sharded.axis!r}; "
-            f"got {queries_axis!r}"
+            f"rescore must be 0 (off), or at least k = {k} for an index with stored rows; "
+            f"got {rescore}"
         )
-    scores, ids = _search_sharded(sharded, rows, effort, queries_axis)
+    axes = set(sharded.mesh.shape) - {sharded.axis}
+    if queries_axis is not None and queries_axis not in axes:
+        raise ValueError(f"queries_axis must be None or one of {axes}; got {queries_axis!r}")
+    effort = (k, leaves, rescore, implementation)
+    parts = (sharded.packed, sharded.rows, sharded.scale)
+    meta = (sharded.mesh, sharded.axis, queries_axis, index.metric, sharded.rows_per_shard)
+    scores, ids = _search_parts(parts, jnp.asarray(q), effort, meta)
     return SearchResult(scores[0], ids[0]) if single else SearchResult(scores, ids)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _search_parts(parts: Any, q: Array, effort: tuple, meta: tuple) -> tuple[Array, Array]:
+    k, leaves, rescore, implementation = effort
+    mesh, axis, queries_axis, metric, each = meta
+
+    def device(parts: Any, q: Array) -> tuple[Array, Array]:
+        packed, rows, scale = jax.tree.map(lambda a: a[0], parts)
+        mine = jax.lax.axis_index(axis)
+        local = Index(Tree(packed), None, None, None, metric, each, q.shape[1], leaves)
+        scores, numbers = search(local, q, k=rescore or k, rescore=0, implementation=implementation)
+        if rescore:
+            # The best candidates of all devices; equal scores in the order of the rows.
+            everywhere = _gathered(scores, axis)
+            _, place = jax.lax.top_k(everywhere, rescore)
+            stays = jnp.zeros(numbers.shape, bool)
+            at = jnp.where(place // rescore == mine, place % rescore, rescore)
+            stays = jax.vmap(lambda s, a: s.at[a].set(True, mode="drop"))(stays, at)
+            chosen = jnp.where(stays, numbers, -1)
+            scores, numbers = _rescored(q, rows, scale, chosen, k, metric, implementation)
+        numbers = jnp.where(numbers >= 0, numbers + mine * each, -1)
+        best, place = jax.lax.top_k(_gathered(scores, axis), k)
+        return best, jnp.take_along_axis(_gathered(numbers, axis), place, axis=1)
+
+    whole, shared = PartitionSpec(axis), PartitionSpec(queries_axis)
+    # Every device gathers the same values, which the type system cannot see.
+    run = jax.shard_map(
+        device, mesh=mesh, in_specs=(whole, shared), out_specs=shared, check_vma=False
+    )
+    return run(parts, q)
+
+
+def _gathered(a: Array, axis: str) -> Array:
+    """``[b, r]`` of each device to ``[b, shards r]``, device after device."""
+    parts = jax.lax.all_gather(a, axis)
+    return parts.transpose(1, 0, 2).reshape(a.shape[0], -1)
+
+
+def _rescored(
+    q: Array, rows: Array, scale: Any, chosen: Array, k: int, metric: str, implementation: Any
+) -> tuple[Array, Array]:
+    """The k best of the chosen rows by exact score, of a device; -1 are skipped."""
+    if metric == "l2":
+
+        def one(args: Any) -> Any:
+            q, chosen = args
+            exact = row_scores(rows, scale, q, jnp.maximum(chosen, 0), euclidean=True)
+            return best_rows(jnp.where(chosen >= 0, exact, -jnp.inf), chosen, k)
+
+        return jax.lax.map(one, (q, chosen))
+    q = jnp.where(jnp.all(jnp.isfinite(q), axis=1, keepdims=True), q, 0)
+    if metric == "cosine":
+        return rescore_top_k(unit(q), rows, chosen, k, scale=scale, implementation=implementation)
+    # A power of two, taken out and put back exactly, keeps products inside float32.
+    factor = power_of_two(jnp.max(jnp.abs(q), axis=1, keepdims=True))
+    scores, ids = rescore_top_k(
+        q / factor, rows, chosen, k, scale=scale, implementation=implementation
+    )
+    largest = jnp.finfo(jnp.float32).max
+    return jnp.where(ids >= 0, jnp.clip(scores * factor, -largest, largest), -jnp.inf), ids

@@ -29,7 +29,7 @@ _LEAST_BATCH = 16
 class Added(NamedTuple):
     """An index with more rows, and the row numbers ``int32[b]`` that they got."""
 
-    index: Index
+    index: Index  # type: ignore[assignment]  # hides a method of tuples
     rows: Int32[Array | np.ndarray, " b"]
 
 
@@ -70,8 +70,8 @@ def add(index: Index, x: Any, *, ids: Any = None, soar_lambda: float | None = No
         return Added(*_add(index, x, jnp.ones(x.shape[0], bool), words, soar_lambda))
     x, active = _padded_rows(index, x)
     b = int(active.sum())
-    words = _words(index, ids, b, len(x))
-    new, rows = _add(index, x, active, words, soar_lambda)
+    new_words: Any = _words(index, ids, b, len(x))
+    new, rows = _add(index, x, active, new_words, soar_lambda)
     rows = np.asarray(rows)[:b]
     _check_placed(index, rows, b)
     return Added(new, rows)

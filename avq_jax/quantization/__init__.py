@@ -7,6 +7,7 @@ from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
 from avq_jax.quantization.lloyd import History, LloydState, fit, lloyd_init, lloyd_update
 from avq_jax.quantization.scale import Scaled, fit_scale
 from avq_jax.quantization.sgd import fit_sgd
+from avq_jax.quantization.sharded import fit_sharded
 
 __all__ = [
     "AdditiveCodebook",
@@ -23,6 +24,7 @@ __all__ = [
     "fit_binary",
     "fit_scale",
     "fit_sgd",
+    "fit_sharded",
     "lloyd_init",
     "lloyd_update",
     "lookup_table",

@@ -22,9 +22,11 @@ from avq_jax.quantization.rows import Rows, in_blocks, quadratic_form, split
 from avq_jax.quantization.update import (
     Solver,
     choose_solver,
+    over_devices,
     reconstruct,
     row_losses,
     solve,
+    worst_rows,
 )
 
 __all__ = ["History", "Init", "LloydState", "fit", "lloyd_init", "lloyd_update"]
@@ -68,6 +70,7 @@ class _Options(NamedTuple):
 
     solver: Solver
     num_sweeps: int
+    axis: str | None = None  # of shard_map, over which the rows are shared out
 
 
 def _initial_codewords(key: Array, rows: Rows, m: int, k: int, method: Init) -> Array:
@@ -115,11 +118,11 @@ def _start(key: Array, rows: Rows, m: int, k: int, method: Init) -> LloydState:
     )
 
 
-def _warm(state: LloydState, rows: Rows) -> LloydState:
+def _warm(state: LloydState, rows: Rows, axis: str | None = None) -> LloydState:
     """One iteration under the reconstruction loss."""
     a = rows.scaling.orthogonal
-    a = jnp.where(jnp.any(a > 0), a, 1)
-    return _update(state, Rows(rows.x, Scaling(a, a)), _Options("mean", 0), first=True)
+    a = jnp.where(over_devices(jnp.max(a), axis) > 0, a, 1)
+    return _update(state, Rows(rows.x, Scaling(a, a)), _Options("mean", 0, axis), first=True)
 
 
 def _finish(state: LloydState, rows: Rows, options: _Options) -> LloydState:
@@ -127,13 +130,13 @@ def _finish(state: LloydState, rows: Rows, options: _Options) -> LloydState:
     codes = encode_rows(state.codebook.codewords, rows, num_sweeps=options.num_sweeps)
     return state._replace(
         codes=codes.T.astype(jnp.uint8),
-        loss=_mean_loss(state.codebook.codewords, codes, rows)[0],
+        loss=_mean_loss(state.codebook.codewords, codes, rows, options.axis)[0],
         step=jnp.array(0, jnp.int32),
     )
 
 
 def _mean_loss(
-    codewords: Array, codes: Int32[Array, "m n"], rows: Rows
+    codewords: Array, codes: Int32[Array, "m n"], rows: Rows, axis: str | None = None
 ) -> tuple[Float[Array, ""], Float[Array, " n"]]:
     m, k, s = codewords.shape
     n = rows.x.shape[0]
@@ -145,11 +148,12 @@ def _mean_loss(
 
     each = jax.lax.map(losses, (_codes_in_blocks(codes, block), in_blocks(rows, block)))
     each = each.reshape(-1)[:n]
-    return _mean(each), each
+    return _mean(each, axis), each
 
 
-def _mean(each: Float[Array, " n"]) -> Float[Array, ""]:
-    return jnp.sum(each / each.shape[0])  # divided first: the sum of large losses overflows
+def _mean(each: Float[Array, " n"], axis: str | None = None) -> Float[Array, ""]:
+    mean = jnp.sum(each / each.shape[0])  # divided first: the sum of large losses overflows
+    return mean if axis is None else jax.lax.pmean(mean, axis)
 
 
 def _codes_in_blocks(codes: Int32[Array, "m n"], block: int) -> Int32[Array, "nb m B"]:
@@ -162,27 +166,27 @@ def _update(state: LloydState, rows: Rows, options: _Options, *, first: bool = F
     """One iteration. ``first`` starts the descent at the nearest codewords, not at the codes."""
     codewords = state.codebook.codewords
     m, k, s = codewords.shape
-    n = rows.x.shape[0]
+    n, axis = rows.x.shape[0], options.axis
     block = block_size(m, k, s)
 
     before = None if first else state.codes.T.astype(jnp.int32)
     sweeps = 0 if first else options.num_sweeps
     codes = encode_rows(codewords, rows, before, num_sweeps=sweeps)
     blocked = _codes_in_blocks(codes, block)
-    update = solve(codewords, blocked, in_blocks(rows, block), solver=options.solver)
-    loss, each = _mean_loss(update.codewords, codes, rows)
+    update = solve(codewords, blocked, in_blocks(rows, block), solver=options.solver, axis=axis)
+    loss, each = _mean_loss(update.codewords, codes, rows, axis)
     # Rounding in an ill-conditioned system can lose more than the last step has to gain.
     before = update.before.reshape(-1)[:n]
-    worse = loss > _mean(before)
-    loss, each = jnp.where(worse, _mean(before), loss), jnp.where(worse, before, each)
+    was = _mean(before, axis)
+    worse = loss > was
+    loss, each = jnp.where(worse, was, loss), jnp.where(worse, before, each)
     codewords = jnp.where(worse, codewords, update.codewords)
     # Dead codewords restart at the rows that are served worst; no row with a weight uses them
     # yet, so the loss of the present codes does not change.
     dead = ~update.used
 
     def reseed(codewords):
-        worst = jax.lax.top_k(each, min(k, n))[1]
-        fresh = split(rows.x[worst], m).transpose(0, 2, 1)
+        fresh = split(worst_rows(rows.x, each, k, axis), m).transpose(0, 2, 1)
         fresh = jnp.pad(fresh, ((0, 0), (0, k - fresh.shape[1]), (0, 0)), mode="edge")
         return jnp.where(dead[..., None], fresh, codewords)
 
@@ -199,7 +203,7 @@ def _usage(state: LloydState) -> Float[Array, ""]:
 
 
 _jit_start = jax.jit(_start, static_argnums=(2, 3, 4))
-_jit_warm = jax.jit(_warm)
+_jit_warm = jax.jit(_warm, static_argnames="axis")
 _jit_finish = jax.jit(_finish, static_argnames="options")
 _jit_update = jax.jit(_update, static_argnames="options")
 

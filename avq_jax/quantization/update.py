@@ -33,7 +33,16 @@ from avq_jax.quantization.rows import (
     row_losses,
 )
 
-__all__ = ["Solver", "Update", "choose_solver", "reconstruct", "row_losses", "solve"]
+__all__ = [
+    "Solver",
+    "Update",
+    "choose_solver",
+    "over_devices",
+    "reconstruct",
+    "row_losses",
+    "solve",
+    "worst_rows",
+]
 
 # "mean" solves the reconstruction loss, and that alone.
 Solver = Literal["auto", "dense", "cg", "mean"]
@@ -90,6 +99,7 @@ def solve(
     blocks: Rows,
     *,
     solver: Solver,
+    axis: str | None = None,
 ) -> Update:
     """Codewords that minimise the loss for fixed codes (Theorem 4.2 for m = 1, section 7.5).
 
@@ -98,9 +108,11 @@ def solve(
       codes: of the rows, in blocks.
       blocks: the rows, in blocks, as :func:`~avq_jax.quantization.rows.in_blocks` cuts them.
       solver: ``"dense"``, ``"cg"``, or ``"mean"`` where all scalings are isotropic.
+      axis: a mesh axis of ``shard_map`` over whose devices the rows are shared out; their sums
+        are added up.
 
     Returns:
-      :class:`Update`.
+      :class:`Update`; ``before`` of this device's rows.
     """
     m, k, _ = codewords.shape
 
@@ -116,6 +128,7 @@ def solve(
 
     zero = jnp.zeros((m, k, codewords.shape[2] + 2), jnp.float32)
     sums, before = jax.lax.scan(gradient, zero, (codes, blocks))
+    sums = over_devices(sums, axis)
     right, isotropic, diagonal = sums[..., :-2], sums[..., -2:-1], sums[..., -1:]
     used = diagonal > 0
     diagonal = jnp.where(used, diagonal, 1)
@@ -125,15 +138,31 @@ def solve(
     if solver == "mean":
         delta = right
     elif solver == "cg":
-        delta = _conjugate_gradients(right, scale, isotropic, codes, blocks)
+        delta = _conjugate_gradients(right, scale, isotropic, codes, blocks, axis)
     elif m == 1:
-        delta = _dense_one(right, scale, isotropic, codes, blocks)
+        delta = _dense_one(right, scale, isotropic, codes, blocks, axis)
     else:
-        delta = _dense_joint(right, scale, isotropic, codes, blocks)
+        delta = _dense_joint(right, scale, isotropic, codes, blocks, axis)
     # A failed factorisation of a degenerate system is NaN: keep the codewords then.
     failed = jnp.all(jnp.isfinite(right)) & ~jnp.all(jnp.isfinite(delta))
     delta = jnp.where(failed, 0, delta)
     return Update(codewords + delta * scale, used[..., 0], before)
+
+
+def over_devices(total: Float[Array, ...], axis: str | None) -> Float[Array, ...]:
+    """Sum over the devices of a mesh axis; the value itself without one."""
+    return total if axis is None else jax.lax.psum(total, axis)
+
+
+def worst_rows(
+    x: Float[Array, "n d"], loss: Float[Array, " n"], count: int, axis: str | None
+) -> Float[Array, "r d"]:
+    """The ``count`` rows of largest loss (all, if there are fewer), over all devices."""
+    if axis is None:
+        return x[jax.lax.top_k(loss, min(count, x.shape[0]))[1]]
+    top, rows = jax.lax.top_k(loss, min(count, x.shape[0]))
+    top, rows = (jax.lax.all_gather(a, axis, tiled=True) for a in (top, x[rows]))
+    return rows[jax.lax.top_k(top, min(count, len(top)))[1]]
 
 
 def _mean_diagonal(form: QuadraticForm, dim: int) -> Float[Array, " B"]:
@@ -152,7 +181,7 @@ def _anisotropic(form: QuadraticForm, r: Float[Array, "m s B"]) -> Float[Array, 
     return jnp.einsum("rb,rmsb->msb", form.weights * projection, form.directions)
 
 
-def _conjugate_gradients(right, scale, isotropic, codes, blocks):
+def _conjugate_gradients(right, scale, isotropic, codes, blocks, axis):
     m, k, _ = right.shape
 
     def product(v):
@@ -163,12 +192,12 @@ def _conjugate_gradients(right, scale, isotropic, codes, blocks):
             return total + _scatter(codes, y, k), None
 
         total, _ = jax.lax.scan(add, jnp.zeros_like(v), (codes, blocks))
-        return total * scale + isotropic * v
+        return over_devices(total, axis) * scale + isotropic * v
 
     return jax.scipy.sparse.linalg.cg(product, right, tol=_CG_TOLERANCE, maxiter=_CG_ITERATIONS)[0]
 
 
-def _dense_one(right, scale, isotropic, codes, blocks):
+def _dense_one(right, scale, isotropic, codes, blocks, axis):
     """Theorem 4.2: one d x d system a codeword."""
     _, k, s = right.shape
 
@@ -181,13 +210,13 @@ def _dense_one(right, scale, isotropic, codes, blocks):
         return total + jax.ops.segment_sum(outer, codes[0], num_segments=k), None
 
     gram, _ = jax.lax.scan(add, jnp.zeros((k, s, s), jnp.float32), (codes, blocks))
-    gram = gram * scale[0, :, :, None] ** 2
+    gram = over_devices(gram, axis) * scale[0, :, :, None] ** 2
     matrix = gram + isotropic[0, :, :, None] * jnp.eye(s, dtype=jnp.float32)[None]
     one = functools.partial(jax.scipy.linalg.solve, assume_a="pos")
     return jax.vmap(one)(matrix, right[0])[None]
 
 
-def _dense_joint(right, scale, isotropic, codes, blocks):
+def _dense_joint(right, scale, isotropic, codes, blocks, axis):
     """Section 7.5: all codewords in one system, accumulated by pairs of codes.
 
     A row touches d x d entries of the Gram matrix. For each pair of subspaces the row adds an
@@ -211,7 +240,12 @@ def _dense_joint(right, scale, isotropic, codes, blocks):
 
     start = jnp.zeros((first.shape[0], k * k, s * s), jnp.float32)
     pairs, _ = jax.lax.scan(add, start, (codes, blocks))
-    pairs = pairs.reshape(-1, k, k, s, s).transpose(0, 1, 3, 2, 4).reshape(-1, k * s, k * s)
+    pairs = (
+        over_devices(pairs, axis)
+        .reshape(-1, k, k, s, s)
+        .transpose(0, 1, 3, 2, 4)
+        .reshape(-1, k * s, k * s)
+    )
     gram = jnp.zeros((m, m, k * s, k * s), jnp.float32)
     gram = gram.at[second, first].set(pairs.transpose(0, 2, 1)).at[first, second].set(pairs)
     gram = gram.transpose(0, 2, 1, 3).reshape(m * k * s, m * k * s)

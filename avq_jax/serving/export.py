@@ -107,7 +107,7 @@ def export(
     bare = dataclasses.replace(index, ids=None, weight=None)
     leaves, structure = jax.tree.flatten((bare, params))
     leaves = [jnp.asarray(leaf) for leaf in leaves]
-    options = {"k": k, "leaves_to_search": leaves_to_search, "rescore": rescore}
+    options: dict[str, Any] = {"k": k, "leaves_to_search": leaves_to_search, "rescore": rescore}
 
     def program(arrays: Any, inputs: Any) -> Any:
         index, params = jax.tree.unflatten(structure, arrays)

@@ -1,0 +1,192 @@
+"""Search over eight devices and over two processes: the ids of one device."""
+
+import dataclasses
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import avq_jax
+from avq_jax.mips.packing import coded_rows
+from avq_jax.mips.rescoring import store_rows
+
+from .conftest import LEAVES, SIZES, D, N
+
+
+def mesh_of(*shape, axes=("shards", "queries")):
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    return Mesh(devices, axes[: len(shape)])
+
+
+def assert_same(one, two):
+    np.testing.assert_array_equal(one.ids, two.ids)
+    np.testing.assert_allclose(one.scores, two.scores, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("metric", "rescore"),
+    [
+        ("dot", 40),
+        ("l2", 40),
+        pytest.param("dot", 0, marks=pytest.mark.full),
+        pytest.param("cosine", 40, marks=pytest.mark.full),
+        pytest.param("l2", 0, marks=pytest.mark.full),
+    ],
+)
+def test_eight_devices(indexes, queries, metric, rescore):
+    """Plain XLA on both sides, where candidates are chosen by float scores."""
+    parts = avq_jax.shard(indexes[metric], mesh_of(8), axis="shards")
+    options = {"k": 5, "leaves_to_search": 3, "rescore": rescore, "implementation": "xla"}
+    bad = np.array(queries)
+    bad[3, 1] = np.nan
+    one = avq_jax.search(indexes[metric], bad, **options)
+    many = avq_jax.search_sharded(parts, bad, **options)
+    assert_same(many, one)
+    assert (np.asarray(many.ids[3]) == -1).all()
+
+
+def test_queries_over_another_axis(index, queries):
+    parts = avq_jax.shard(index, mesh_of(4, 2), axis="shards")
+    options = {"k": 5, "leaves_to_search": LEAVES, "rescore": 200}
+    one = avq_jax.search(index, queries, **options)
+    assert_same(avq_jax.search_sharded(parts, queries, queries_axis="queries", **options), one)
+    few = avq_jax.search_sharded(parts, queries[0], **options)
+    assert few.ids.tolist() == one.ids[0].tolist()
+
+
+@pytest.mark.full
+def test_other_forms(index, rows, queries):
+    """int8 rows, an odd number of shards with empty ones, spilled copies, removed rows."""
+    options = {"k": 5, "leaves_to_search": LEAVES, "rescore": 300, "implementation": "xla"}
+    small = dataclasses.replace(index, store=store_rows(rows, "int8"))
+    spilled = avq_jax.build(jax.random.key(0), rows, soar_lambda=1.0, **SIZES)
+    gone = avq_jax.remove(index, np.arange(150, 400))
+    for each in (small, spilled, gone):
+        parts = avq_jax.shard(each, mesh_of(7), axis="shards")
+        many = avq_jax.search_sharded(parts, queries, **options)
+        assert_same(many, avq_jax.search(each, queries, **options))
+    empty = avq_jax.remove(index, np.arange(N))
+    parts = avq_jax.shard(empty, mesh_of(2), axis="shards")
+    assert (np.asarray(avq_jax.search_sharded(parts, queries[:2]).ids) == -1).all()
+
+
+def test_arguments(index, exact_indexes, queries):
+    mesh = mesh_of(2)
+    parts = avq_jax.shard(index, mesh, axis="shards")
+    for call, error in [
+        (lambda: avq_jax.shard(exact_indexes["dot"], mesh, axis="shards"), "must have a tree"),
+        (lambda: avq_jax.shard(index, mesh, axis="rows"), "axis must be one of"),
+        (lambda: avq_jax.search_sharded(parts, queries[:, :3]), f"as wide as .* {D}"),
+        (lambda: avq_jax.search_sharded(parts, queries, k=5, rescore=3), "at least k = 5"),
+        (lambda: avq_jax.search_sharded(parts, queries, queries_axis="shards"), "queries_axis"),
+    ]:
+        with pytest.raises(ValueError, match=error):
+            call()
+
+
+_PROCESS = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+import numpy as np
+import avq_jax
+assert len(jax.devices()) == 2 and len(jax.local_devices()) == 1
+index = avq_jax.load(sys.argv[3])
+queries = np.load(sys.argv[4])
+mesh = jax.make_mesh((2,), ("shards",))
+parts = avq_jax.shard(index, mesh, axis="shards")
+assert parts.rows.addressable_shards[0].data.shape[1] == index.num_rows // 2
+found = avq_jax.search_sharded(parts, queries, k=5, leaves_to_search=3, rescore=40,
+                               implementation="xla")
+np.save(sys.argv[5], np.asarray(found.ids.addressable_data(0)))
+"""
+
+
+@pytest.mark.full
+def test_two_processes(index, queries, tmp_path):
+    avq_jax.save(index, tmp_path / "index")
+    np.save(tmp_path / "queries.npy", queries)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    root = str(pathlib.Path(__file__).resolve().parents[2])
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = root + os.pathsep + env.get("PYTHONPATH", "")
+    words = [str(tmp_path / "index"), str(tmp_path / "queries.npy")]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, address, str(i), *words, str(tmp_path / f"{i}.npy")],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [child.communicate(timeout=240)[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], said
+    options = {"k": 5, "leaves_to_search": 3, "rescore": 40, "implementation": "xla"}
+    wanted = avq_jax.search(index, queries, **options)
+    for i in range(2):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{i}.npy"), wanted.ids)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+def test_sharded_build_is_that_of_one_device(indexes, rows, metric):
+    """k-means, normal equations and codes over eight devices, against `build`."""
+    one = indexes[metric]
+    many = avq_jax.build_sharded(
+        jax.random.key(0), rows, mesh=mesh_of(8), axis="shards", metric=metric, **SIZES
+    )
+    np.testing.assert_allclose(many.tree.centroids, one.tree.centroids, rtol=1e-4, atol=1e-4)
+    a, b = coded_rows(many.tree, N), coded_rows(one.tree, N)
+    assert (a.leaves == b.leaves).mean() > 0.99
+    np.testing.assert_allclose(
+        many.tree.codebook.codewords, one.tree.codebook.codewords, rtol=1e-2, atol=1e-2
+    )
+    assert (a.codes == b.codes).mean() > 0.98
+    if metric == "l2":
+        same = (a.codes == b.codes).all(axis=1) & (a.leaves == b.leaves)
+        np.testing.assert_allclose(a.offset[same], b.offset[same], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("m", [pytest.param(1, marks=pytest.mark.full), 3])
+def test_sharded_learner_takes_the_same_steps(rows, m):
+    """Three iterations, where rounding has no time to lead elsewhere: dense, joint, and m = 1."""
+    x = rows[:592]
+    norms = np.linalg.norm(x, axis=1)
+    scaling = avq_jax.scaling(avq_jax.Threshold(0.5), norms, dim=D)
+    options = {"num_subspaces": m, "num_codewords": 8, "num_iterations": 3, "tolerance": 0.0}
+    one, history = avq_jax.fit(jax.random.key(2), x, scaling, **options)
+    many, histories = avq_jax.fit_sharded(
+        jax.random.key(2), x, scaling, mesh=mesh_of(8), axis="shards", **options
+    )
+    np.testing.assert_allclose(histories.loss, history.loss, rtol=1e-4)
+    np.testing.assert_allclose(
+        many.codebook.codewords, one.codebook.codewords, rtol=1e-3, atol=1e-3
+    )
+    np.testing.assert_allclose(histories.usage, history.usage)
+    with pytest.raises(ValueError, match="multiple of 8 rows"):
+        avq_jax.fit_sharded(
+            jax.random.key(2), rows[:593], mesh=mesh_of(8), axis="shards", num_subspaces=m
+        )
+
+
+@pytest.mark.full
+def test_rows_in_order_of_their_clusters(rows):
+    """All of the best rows lie on one device, which must be asked for more than its share."""
+    x = np.array(rows)
+    x[:75] = 5 * x[0] + x[:75] / 10
+    index = avq_jax.build(jax.random.key(0), x, **SIZES)
+    options = {"k": 20, "leaves_to_search": LEAVES, "rescore": 70, "implementation": "xla"}
+    parts = avq_jax.shard(index, mesh_of(8), axis="shards")
+    one = avq_jax.search(index, x[:6], **options)
+    assert (np.asarray(one.ids) < 75).all()
+    assert_same(avq_jax.search_sharded(parts, x[:6], **options), one)
