@@ -15,8 +15,6 @@ from jaxtyping import Array
 from avq_jax.checks import as_count, as_rows
 from avq_jax.loss import Threshold, Uniform, Weight, row_norms
 from avq_jax.mips.build import (
-    _CODEBOOK_ITERATIONS,
-    _CODEBOOK_ROWS,
     _as_pytree,
     _loss_terms,
     _sizes,
@@ -172,7 +170,7 @@ def build_sharded(
     leaf = np.empty(n, np.int32)
     for i, count in chunks():
         leaf[i[:count]] = np.asarray(_leaves(put(x[i]), centroids, mesh, axis))[:count]
-    few = picked[:: -(-size // min(sample_size, _CODEBOOK_ROWS))]
+    few = picked[:: -(-size // (sample_size // 2))]
     few = few[: len(few) - len(few) % devices]
     state, _ = fit_sharded(
         key_codes,
@@ -181,7 +179,7 @@ def build_sharded(
         axis=axis,
         num_subspaces=m,
         num_codewords=num_codewords,
-        num_iterations=min(num_iterations, _CODEBOOK_ITERATIONS),
+        num_iterations=num_iterations,
         **terms(few),
     )
     book = Codebook(jnp.asarray(np.asarray(state.codebook.codewords)), d)
