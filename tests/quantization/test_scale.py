@@ -93,6 +93,17 @@ def test_levels_of_rows_without_a_scale():
     assert (levels > 0).all()
 
 
+def test_levels_learned_again_serve_the_new_codes():
+    x, scaling, _, book = learn()
+    codec = avq_jax.Scaled(book, jnp.linspace(0.5, 3.0, 16))
+    losses = []
+    for _ in range(3):
+        rows = avq_jax.decode(codec, avq_jax.encode(codec, x, scaling))
+        losses.append(float(avq_jax.score_aware_loss(x, rows, scaling).mean()))
+        codec = avq_jax.fit_scale(codec, x, scaling)
+    assert losses[2] < losses[1] < losses[0]
+
+
 def test_zero_rows_are_finite():
     x, scaling, _, book = learn()
     x[3] = 0
@@ -108,6 +119,6 @@ def test_bad_arguments_are_named():
         avq_jax.fit_scale(book, x, scaling, bits=9)
     codec = avq_jax.fit_scale(book, x, scaling)
     with pytest.raises(TypeError, match="no gain and no offset; got Scaled"):
-        avq_jax.fit_scale(codec, x, scaling)
+        avq_jax.encode(avq_jax.Scaled(codec, codec.levels), x, scaling)
     with pytest.raises(ValueError, match="Codes with a gain"):
         avq_jax.decode(codec, jnp.zeros((3, 2), jnp.uint8))
