@@ -36,7 +36,7 @@ _LLOYD_ITERATIONS = 30
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codec", "levels"],
-    meta_fields=["num_starts", "kind"],
+    meta_fields=["bisect", "kind"],
 )
 @dataclasses.dataclass(frozen=True)
 class Scaled:
@@ -45,8 +45,8 @@ class Scaled:
     Attributes:
       codec: the codec of the rows divided by their scales.
       levels: ``float32[L]`` scales to choose from, ascending and positive; log2(L) bits a row.
-      num_starts: levels, evenly spread, that the encoding of a row sets out from; more than one
-        pays where the best scales of rows are far apart.
+      bisect: whether the encoding of a row looks through the levels by halving steps, log2(L)
+        times the work; pays where the best scales of rows are far apart.
 
     >>> import avq_jax, jax.numpy as jnp
     >>> book = avq_jax.Codebook(jnp.array([[[0.], [1.]], [[0.], [1.]]]), dim=2)
@@ -59,7 +59,7 @@ class Scaled:
     # Unshaped: transformations put other things than arrays into the leaves of a pytree.
     codec: Any
     levels: Any
-    num_starts: int = 1
+    bisect: bool = False
     # Classes with like fields are one structure to jaxlib 0.10.2: a static field tells them apart.
     kind: str = dataclasses.field(default="scaled", kw_only=True, repr=False)
 
@@ -121,6 +121,13 @@ def _divided(rows: Rows, gain: Array) -> Rows:
     return Rows(rows.x / gain[:, None], scaling, direction, extra)
 
 
+def _better(old: tuple, new: tuple) -> tuple[Array, Array, Array]:
+    """Choose for each row the codes, gain and loss of the lower loss."""
+    better = new[2] < old[2]
+    codes = jnp.where(better[:, None], new[0], old[0])
+    return codes, jnp.where(better, new[1], old[1]), jnp.where(better, new[2], old[2])
+
+
 def _plain(codec: Any, rows: Rows, **options: Any) -> Codes:
     codes = encode(
         codec, rows.x, rows.scaling, direction=rows.direction, extra=rows.extra, **options
@@ -148,26 +155,24 @@ def _(
     rows = jax.tree.map(jnp.asarray, rows)
     num_alternations = as_count(num_alternations, name="num_alternations", minimum=0)
     count = codec.levels.shape[0]
-    best, loss = None, None
-    for i in range(codec.num_starts):
-        first = codec.levels[(2 * i + 1) * count // (2 * codec.num_starts)]
-        gain = jnp.broadcast_to(first, rows.x.shape[:1])
-        for _ in range(1 + num_alternations):
-            codes = _plain(codec.codec, _divided(rows, gain), **options)
-            decoded = decode(codec.codec, codes)
-            gain = _gains(codec.levels, decoded, rows)
-            new = _loss(decoded, gain, rows)
-            if best is None:
-                best, loss = Codes(codes.codes, gain), new
-                continue
-            better = new < loss
-            best = Codes(
-                jnp.where(better[:, None], codes.codes, best.codes),
-                jnp.where(better, gain, best.gain),
-            )
-            loss = jnp.where(better, new, loss)
-    assert best is not None
-    return best
+
+    def at(gain):
+        codes = _plain(codec.codec, _divided(rows, gain), **options).codes
+        decoded = decode(codec.codec, codes)
+        gain = _gains(codec.levels, decoded, rows)
+        return codes, gain, _loss(decoded, gain, rows)
+
+    best = at(jnp.broadcast_to(codec.levels[count // 2], rows.x.shape[:1]))
+    step = count // 4 if codec.bisect else 0
+    while step:
+        here = jnp.searchsorted(codec.levels, best[1])
+        for move in (-step, step):
+            there = jnp.clip(here + move, 0, count - 1)
+            best = _better(best, at(codec.levels[there]))
+        step //= 2
+    for _ in range(num_alternations):
+        best = _better(best, at(best[1]))
+    return Codes(best[0], best[1])
 
 
 @jax.jit
@@ -236,14 +241,14 @@ def fit_scale(
     rows = jax.tree.map(jnp.asarray, rows)
     if isinstance(codec, Scaled):
         terms = {"direction": rows.direction, "extra": rows.extra}
-        codes, starts = encode(codec, rows.x, rows.scaling, **terms).codes, codec.num_starts
+        codes, bisect = encode(codec, rows.x, rows.scaling, **terms).codes, codec.bisect
         codec = codec.codec
     else:
-        starts = 1
+        bisect = False
         codes = _plain(codec, rows).codes
     decoded = decode(codec, codes)
     square, across = (np.asarray(v, np.float64) for v in _parabola(decoded, rows))
-    return Scaled(codec, jnp.asarray(_levels(square, across, 1 << bits)), starts)
+    return Scaled(codec, jnp.asarray(_levels(square, across, 1 << bits)), bisect)
 
 
 def _levels(square: np.ndarray, across: np.ndarray, count: int) -> np.ndarray:

@@ -141,5 +141,5 @@ def _assign(
     plain = functools.partial(reference.assign_additive_codes, max_sweeps=max_sweeps)
     # Codes have no gradient: cut it here, where the foreign function would refuse it.
     args = (rows, directions, orthogonal, weights, codes, words, norms, pairs, kicks)
-    args = tuple(jax.lax.stop_gradient(x) for x in args)
-    return implementations.choose(implementation, compiled, plain, *args)
+    cut = [jax.lax.stop_gradient(x) for x in args]
+    return implementations.choose(implementation, compiled, plain, *cut)
