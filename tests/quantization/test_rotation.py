@@ -46,6 +46,7 @@ def test_principal_axes_are_dealt_evenly():
     assert np.ptp(shares) < 0.3 * np.ptp(np.log(spread))
 
 
+@pytest.mark.full
 def test_correlated_rows_lose_less_when_rotated():
     x = correlated()
     scaling = avq_jax.Scaling(np.full(600, 4, np.float32), np.ones(600, np.float32))
