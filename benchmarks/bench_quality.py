@@ -49,12 +49,12 @@ class Task:
     def scaling(self, n):
         return avq_jax.scaling(self.weight, np.ones(n, np.float32), dim=self.dim)
 
-    def recall(self, ids):
-        ids = np.asarray(ids)
-        hits = [len(np.intersect1d(a, b[:10])) for a, b in zip(ids, self.truth, strict=True)]
+    def recall(self, ids, which=slice(None)):
+        ids, truth = np.asarray(ids), self.truth[which]
+        hits = [len(np.intersect1d(a, b[:10])) for a, b in zip(ids, truth, strict=True)]
         return {
-            "1@1": float(avq_jax.recall_1_at_n(ids, self.truth, n=1)),
-            "1@10": float(avq_jax.recall_1_at_n(ids, self.truth, n=10)),
+            "1@1": float(avq_jax.recall_1_at_n(ids, truth, n=1)),
+            "1@10": float(avq_jax.recall_1_at_n(ids, truth, n=10)),
             "10@100": float(np.mean(hits) / 10),
         }
 
@@ -174,6 +174,44 @@ def run_tree(task):
     add(f"additive {m} x 16", codec, fit_s)
     scaled = avq_jax.fit_scale(codec, learn, few, direction=task.learn)
     add(f"additive {m} x 16, scale", scaled, fit_s)
+
+
+def run_queries(task):
+    """Known queries: all of them, and those of one region, each with a sample from the base.
+
+    The region is the tenth of the queries nearest one of them; its sample is the base rows nearest
+    that query, the sample of all queries is drawn from the base at random. No test query is used.
+    """
+    few = task.scaling(len(task.learn))
+    m = round(task.bits / 4)
+    state, _ = avq_jax.fit(
+        task.key, task.learn, few, num_subspaces=m, num_iterations=15, progress=False
+    )
+    rng = np.random.default_rng(1)
+    anchor = task.queries[rng.integers(len(task.queries))]
+    region = np.argsort(-(task.queries @ anchor))[: len(task.queries) // 10]
+    count = 4000
+    samples = {
+        "isotropic loss": None,
+        "sample of the base": task.x[rng.choice(task.n, count, replace=False)],
+        "sample of the region": task.x[np.argsort(-(task.x @ anchor))[:count]],
+    }
+    step = 1 << 15
+    for name, sample in samples.items():
+        rows = np.empty_like(task.x)
+        for start in range(0, task.n, step):
+            start = min(start, task.n - step)
+            part, scaling = task.x[start : start + step], task.scaling(step)
+            extra = None
+            if sample is not None:
+                extra = avq_jax.query_terms(part, sample, task.weight, scaling)
+            codes = avq_jax.encode(state.codebook, part, scaling, extra=extra)
+            rows[start : start + step] = avq_jax.decode(state.codebook, codes)
+        for asked, which in (("all", slice(None)), ("the region's", region)):
+            ids = avq_jax.brute_force(task.queries[which], rows, k=100).ids
+            row = {"name": f"PQ {m} x 16, {name}", "bits": 4.0 * m, "queries": asked}
+            task.rows.append(row | task.recall(ids, which))
+            print(task.rows[-1], flush=True)
 
 
 def decoded(task, name, bits, quantizer, learn, transform=None):
@@ -310,6 +348,7 @@ GROUPS = {
     "product": run_product,
     "additive": run_additive,
     "tree": run_tree,
+    "queries": run_queries,
     "faiss": run_faiss,
     "lsq": run_lsq,
     "scann": run_scann,

@@ -159,13 +159,21 @@ def _quality(result: dict) -> str:
     def number(row: dict, name: str, digits: int) -> str:
         return f"{row[name]:.{digits}f}" if name in row else "-"
 
-    rows = [row for group in groups for row in group["results"]]
+    rows = [row for name in result["groups"] for row in result["groups"][name]["results"]]
+    asked = [row for row in rows if "queries" in row]
+    rows = [row for row in rows if "queries" not in row]
     for row in sorted(rows, key=lambda row: -row["1@10"]):
         cells = [number(row, *c) for c in (("fit_s", 0), ("encode_s", 1), ("table_us", 1))]
         lines.append(
             f"| {row['name']} | {row['bits']:g} | {row['1@1']:.3f} | {row['1@10']:.3f} "
             f"| {row['10@100']:.3f} | {' | '.join(cells)} | {number(row, 'scan_ns', 2)} |"
         )
+    if asked:
+        lines += ["", "Codes encoded for known queries, from a sample of the base:", ""]
+        lines += ["| codes | queries asked | recall 1@1 | 1@10 | 10@100 |", "|---|---|---|---|---|"]
+    for row in asked:
+        recalls = " | ".join(f"{row[name]:.3f}" for name in ("1@1", "1@10", "10@100"))
+        lines.append(f"| {row['name']} | {row['queries']} | {recalls} |")
     return "\n".join([*lines, "", _environment(groups[0])])
 
 
