@@ -1,8 +1,8 @@
 """Recall of codes of equal size: ours beside the quantizers of FAISS and ScaNN.
 
 Exhaustive scoring of unit rows with float tables, no rescoring; every code of one size, or of those
-sizes that are near it (a scale adds four bits; FAISS's RaBitQ stores factors). ``--only`` makes some
-groups of systems and keeps the others of an earlier run, whose environment stays beside them.
+sizes that are near it (a scale adds four bits; FAISS's RaBitQ stores factors). ``--only`` makes
+some groups of systems and keeps the others of an earlier run, with their environment.
 Ours are scored by the kernel that searches them; codes behind a tree by their decoded rows, which
 order rows as their tables do. Times are CPU seconds (or microseconds) of this process.
 
@@ -10,7 +10,6 @@ order rows as their tables do. Times are CPU seconds (or microseconds) of this p
 """
 
 import json
-import math
 import pathlib
 import sys
 import time
@@ -50,12 +49,12 @@ class Task:
     def scaling(self, n):
         return avq_jax.scaling(self.weight, np.ones(n, np.float32), dim=self.dim)
 
-    def recall(self, ids):
-        ids = np.asarray(ids)
-        hits = [len(np.intersect1d(a, b[:10])) for a, b in zip(ids, self.truth, strict=True)]
+    def recall(self, ids, which=slice(None)):
+        ids, truth = np.asarray(ids), self.truth[which]
+        hits = [len(np.intersect1d(a, b[:10])) for a, b in zip(ids, truth, strict=True)]
         return {
-            "1@1": float(avq_jax.recall_1_at_n(ids, self.truth, n=1)),
-            "1@10": float(avq_jax.recall_1_at_n(ids, self.truth, n=10)),
+            "1@1": float(avq_jax.recall_1_at_n(ids, truth, n=1)),
+            "1@10": float(avq_jax.recall_1_at_n(ids, truth, n=10)),
             "10@100": float(np.mean(hits) / 10),
         }
 
@@ -92,36 +91,45 @@ def ours(task, name, codec, fit_s, scaling, **options):
     )
 
 
-def run_ours(task):
-    """Product and additive codes, flat, each with and without a scale."""
+def run_product(task):
+    """Product codes, with and without a rotation by principal axes, and a scale."""
     few, everything = task.scaling(len(task.learn)), task.scaling(task.n)
     m = round(task.bits / 4)
-    if m <= task.dim:
-        options = {"num_subspaces": m, "num_iterations": 25, "progress": False}
-        (plain, _), fit_s = cpu(lambda: avq_jax.fit(task.key, task.learn, None, **options))
-        ours(task, "PQ, reconstruction", plain.codebook, fit_s, None)
-        (state, _), fit_s = cpu(lambda: avq_jax.fit(task.key, task.learn, few, **options))
-        ours(task, "PQ, score-aware", state.codebook, fit_s, everything)
-        scaled, more_s = cpu(lambda: avq_jax.fit_scale(state.codebook, task.learn, few))
-        ours(task, "PQ, score-aware, scale", scaled, fit_s + more_s, everything)
-    for k in (16, 256):
-        m = round(task.bits / math.log2(k))
-        if abs(m * math.log2(k) - task.bits) > 4:
-            continue
-        (codec, _), fit_s = cpu(
-            lambda m=m, k=k: avq_jax.fit_additive(
-                task.key,
-                task.learn,
-                few,
-                num_codebooks=m,
-                num_codewords=k,
-                num_iterations=task.iterations,
-                progress=False,
-            )
+    options = {"num_subspaces": m, "num_iterations": 25, "progress": False}
+    (plain, _), fit_s = cpu(lambda: avq_jax.fit(task.key, task.learn, None, **options))
+    ours(task, "PQ, reconstruction", plain.codebook, fit_s, None)
+    (state, _), fit_s = cpu(lambda: avq_jax.fit(task.key, task.learn, few, **options))
+    ours(task, "PQ, score-aware", state.codebook, fit_s, everything)
+    scaled, more_s = cpu(lambda: avq_jax.fit_scale(state.codebook, task.learn, few))
+    ours(task, "PQ, score-aware, scale", scaled, fit_s + more_s, everything)
+
+    def rotated():
+        matrix = avq_jax.rotation(task.key, task.learn, num_subspaces=m)
+        turned = task.learn @ np.asarray(matrix).T
+        state, _ = avq_jax.fit(task.key, turned, few, **options)
+        return avq_jax.Rotated(state.codebook, matrix)
+
+    codec, fit_s = cpu(rotated)
+    ours(task, "PQ, score-aware, rotated", codec, fit_s, everything)
+
+
+def run_additive(task):
+    """Additive codes with and without a scale."""
+    few, everything = task.scaling(len(task.learn)), task.scaling(task.n)
+    m = round(task.bits / 4)
+    (codec, _), fit_s = cpu(
+        lambda: avq_jax.fit_additive(
+            task.key,
+            task.learn,
+            few,
+            num_codebooks=m,
+            num_iterations=task.iterations,
+            progress=False,
         )
-        ours(task, f"additive {m} x {k}", codec, fit_s, everything)
-        scaled, more_s = cpu(lambda codec=codec: avq_jax.fit_scale(codec, task.learn, few))
-        ours(task, f"additive {m} x {k}, scale", scaled, fit_s + more_s, everything)
+    )
+    ours(task, f"additive {m} x 16, score-aware", codec, fit_s, everything)
+    scaled, more_s = cpu(lambda: avq_jax.fit_scale(codec, task.learn, few))
+    ours(task, f"additive {m} x 16, score-aware, scale", scaled, fit_s + more_s, everything)
 
 
 def run_tree(task):
@@ -166,6 +174,44 @@ def run_tree(task):
     add(f"additive {m} x 16", codec, fit_s)
     scaled = avq_jax.fit_scale(codec, learn, few, direction=task.learn)
     add(f"additive {m} x 16, scale", scaled, fit_s)
+
+
+def run_queries(task):
+    """Known queries: all of them, and those of one region, each with a sample from the base.
+
+    The region is the tenth of the queries nearest one of them; its sample is the base rows nearest
+    that query, the sample of all queries is drawn from the base at random. No test query is used.
+    """
+    few = task.scaling(len(task.learn))
+    m = round(task.bits / 4)
+    state, _ = avq_jax.fit(
+        task.key, task.learn, few, num_subspaces=m, num_iterations=15, progress=False
+    )
+    rng = np.random.default_rng(1)
+    anchor = task.queries[rng.integers(len(task.queries))]
+    region = np.argsort(-(task.queries @ anchor))[: len(task.queries) // 10]
+    count = 4000
+    samples = {
+        "isotropic loss": None,
+        "sample of the base": task.x[rng.choice(task.n, count, replace=False)],
+        "sample of the region": task.x[np.argsort(-(task.x @ anchor))[:count]],
+    }
+    step = 1 << 15
+    for name, sample in samples.items():
+        rows = np.empty_like(task.x)
+        for start in range(0, task.n, step):
+            start = min(start, task.n - step)
+            part, scaling = task.x[start : start + step], task.scaling(step)
+            extra = None
+            if sample is not None:
+                extra = avq_jax.query_terms(part, sample, task.weight, scaling)
+            codes = avq_jax.encode(state.codebook, part, scaling, extra=extra)
+            rows[start : start + step] = avq_jax.decode(state.codebook, codes)
+        for asked, which in (("all", slice(None)), ("the region's", region)):
+            ids = avq_jax.brute_force(task.queries[which], rows, k=100).ids
+            row = {"name": f"PQ {m} x 16, {name}", "bits": 4.0 * m, "queries": asked}
+            task.rows.append(row | task.recall(ids, which))
+            print(task.rows[-1], flush=True)
 
 
 def decoded(task, name, bits, quantizer, learn, transform=None):
@@ -268,7 +314,7 @@ def run_scann(task):
 
 def main(argv=None):
     parser = record.arguments(
-        __doc__.splitlines()[0], bits=100, sample=100_000, iterations=25, leaves=600, seed=0
+        __doc__.splitlines()[0], bits=100, sample=100_000, iterations=20, leaves=600, seed=0
     )
     parser.add_argument("--only", nargs="*", default=list(GROUPS), choices=list(GROUPS))
     args = parser.parse_args(argv)
@@ -299,8 +345,10 @@ def main(argv=None):
 
 
 GROUPS = {
-    "ours": run_ours,
+    "product": run_product,
+    "additive": run_additive,
     "tree": run_tree,
+    "queries": run_queries,
     "faiss": run_faiss,
     "lsq": run_lsq,
     "scann": run_scann,

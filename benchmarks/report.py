@@ -144,6 +144,39 @@ def _binary(result: dict) -> str:
     return "\n".join([*lines, "", _environment(result)])
 
 
+def _quality(result: dict) -> str:
+    groups = list(result["groups"].values())
+    lines = [
+        f"{result['rows']:,} rows and {result['queries']:,} queries of `{result['dataset']}`, unit "
+        f"rows, codes of about {result['bits']} bits scored exhaustively, no rescoring; T = "
+        f"{result['T']:.3g}. Fit and encoding in CPU seconds; microseconds of a query's table; "
+        "nanoseconds a row and query of the scan with its selection of 100.",
+        "",
+        "| codes | bits | recall 1@1 | 1@10 | 10@100 | fit | encode | table | scan |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def number(row: dict, name: str, digits: int) -> str:
+        return f"{row[name]:.{digits}f}" if name in row else "-"
+
+    rows = [row for name in result["groups"] for row in result["groups"][name]["results"]]
+    asked = [row for row in rows if "queries" in row]
+    rows = [row for row in rows if "queries" not in row]
+    for row in sorted(rows, key=lambda row: -row["1@10"]):
+        cells = [number(row, *c) for c in (("fit_s", 0), ("encode_s", 1), ("table_us", 1))]
+        lines.append(
+            f"| {row['name']} | {row['bits']:g} | {row['1@1']:.3f} | {row['1@10']:.3f} "
+            f"| {row['10@100']:.3f} | {' | '.join(cells)} | {number(row, 'scan_ns', 2)} |"
+        )
+    if asked:
+        lines += ["", "Codes encoded for known queries, from a sample of the base:", ""]
+        lines += ["| codes | queries asked | recall 1@1 | 1@10 | 10@100 |", "|---|---|---|---|---|"]
+    for row in asked:
+        recalls = " | ".join(f"{row[name]:.3f}" for name in ("1@1", "1@10", "10@100"))
+        lines.append(f"| {row['name']} | {row['queries']} | {recalls} |")
+    return "\n".join([*lines, "", _environment(groups[0])])
+
+
 TABLES: dict[str, Callable[[dict], str]] = {
     "codes": _codes,
     "search_glove6b-100": _search,
@@ -151,6 +184,12 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "mips_glove6b-100": _mips,
     "adc": _adc,
     "binary": _binary,
+    "quality_glove6b-100_100": _quality,
+    "quality_glove6b-100_200": _quality,
+    "quality_sentences-384_128": _quality,
+    "quality_sentences-384_256": _quality,
+    "quality_sentences-384_384": _quality,
+    "quality_sentences-384_768": _quality,
 }
 
 

@@ -5,6 +5,8 @@ from avq_jax.quantization.binary import BinaryCodec, fit_binary
 from avq_jax.quantization.codebook import Codebook
 from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
 from avq_jax.quantization.lloyd import History, LloydState, fit, lloyd_init, lloyd_update
+from avq_jax.quantization.rotation import Rotated, rotation
+from avq_jax.quantization.scalar import fit_scalar
 from avq_jax.quantization.scale import Scaled, fit_scale
 from avq_jax.quantization.sgd import fit_sgd
 from avq_jax.quantization.sharded import fit_sharded
@@ -16,16 +18,19 @@ __all__ = [
     "Codes",
     "History",
     "LloydState",
+    "Rotated",
     "Scaled",
     "decode",
     "encode",
     "fit",
     "fit_additive",
     "fit_binary",
+    "fit_scalar",
     "fit_scale",
     "fit_sgd",
     "fit_sharded",
     "lloyd_init",
     "lloyd_update",
     "lookup_table",
+    "rotation",
 ]

@@ -41,7 +41,7 @@ _PRODUCT_ITERATIONS = 8
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["codewords", "kicks"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["codewords", "kicks"], meta_fields=["kind"]
 )
 @dataclasses.dataclass(frozen=True)
 class AdditiveCodebook:
@@ -65,6 +65,8 @@ class AdditiveCodebook:
     # Unshaped: transformations put other things than arrays into the leaves of a pytree.
     codewords: Any
     kicks: Any = None
+    # Classes with like fields are one structure to jaxlib 0.10.2: a static field tells them apart.
+    kind: str = dataclasses.field(default="additive", kw_only=True, repr=False)
 
     @property
     def dim(self) -> int:

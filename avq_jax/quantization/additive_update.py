@@ -127,7 +127,7 @@ def solve_additive(
     used = weight > 0
     mean = jnp.sum(isotropic) / jnp.maximum(jnp.sum(used, dtype=jnp.float32), 1)
     ridge = _RIDGE * jnp.where(mean > 0, mean, 1)
-    if dense:
+    if gram is not None:
         factor = jax.scipy.linalg.cho_factor(gram + ridge * jnp.eye(words, dtype=jnp.float32))
 
         def precondition(v):

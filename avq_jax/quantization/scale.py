@@ -34,7 +34,9 @@ _LLOYD_ITERATIONS = 30
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["codec", "levels"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["codec", "levels"],
+    meta_fields=["bisect", "kind"],
 )
 @dataclasses.dataclass(frozen=True)
 class Scaled:
@@ -43,6 +45,8 @@ class Scaled:
     Attributes:
       codec: the codec of the rows divided by their scales.
       levels: ``float32[L]`` scales to choose from, ascending and positive; log2(L) bits a row.
+      bisect: whether the encoding of a row looks through the levels by halving steps, log2(L)
+        times the work; pays where the best scales of rows are far apart.
 
     >>> import avq_jax, jax.numpy as jnp
     >>> book = avq_jax.Codebook(jnp.array([[[0.], [1.]], [[0.], [1.]]]), dim=2)
@@ -55,6 +59,9 @@ class Scaled:
     # Unshaped: transformations put other things than arrays into the leaves of a pytree.
     codec: Any
     levels: Any
+    bisect: bool = False
+    # Classes with like fields are one structure to jaxlib 0.10.2: a static field tells them apart.
+    kind: str = dataclasses.field(default="scaled", kw_only=True, repr=False)
 
     @property
     def dim(self) -> int:
@@ -114,6 +121,13 @@ def _divided(rows: Rows, gain: Array) -> Rows:
     return Rows(rows.x / gain[:, None], scaling, direction, extra)
 
 
+def _better(old: tuple, new: tuple) -> tuple[Array, Array, Array]:
+    """Choose for each row the codes, gain and loss of the lower loss."""
+    better = new[2] < old[2]
+    codes = jnp.where(better[:, None], new[0], old[0])
+    return codes, jnp.where(better, new[1], old[1]), jnp.where(better, new[2], old[2])
+
+
 def _plain(codec: Any, rows: Rows, **options: Any) -> Codes:
     codes = encode(
         codec, rows.x, rows.scaling, direction=rows.direction, extra=rows.extra, **options
@@ -136,30 +150,29 @@ def _(
     num_alternations: int = 1,
     **options: Any,
 ) -> Codes:
-    """Codes of x and their scales; then of x / s, ``num_alternations`` times; the better stays."""
+    """Codes and their scales, then ``num_alternations`` times codes of x / s; the best stay."""
     rows = as_learning_rows(x, scaling, direction, extra, dim=codec.dim)
     rows = jax.tree.map(jnp.asarray, rows)
     num_alternations = as_count(num_alternations, name="num_alternations", minimum=0)
-    # Levels around another mean than 1 (they need not be) are found by the first division.
-    middle = codec.levels[codec.levels.shape[0] // 2]
-    gain = jnp.broadcast_to(middle, rows.x.shape[:1])
-    best, loss = None, None
-    for _ in range(1 + num_alternations):
-        codes = _plain(codec.codec, _divided(rows, gain), **options)
+    count = codec.levels.shape[0]
+
+    def at(gain):
+        codes = _plain(codec.codec, _divided(rows, gain), **options).codes
         decoded = decode(codec.codec, codes)
         gain = _gains(codec.levels, decoded, rows)
-        new = _loss(decoded, gain, rows)
-        if best is None:
-            best, loss = Codes(codes.codes, gain), new
-        else:
-            better = new < loss
-            best = Codes(
-                jnp.where(better[:, None], codes.codes, best.codes),
-                jnp.where(better, gain, best.gain),
-            )
-            loss = jnp.where(better, new, loss)
-    assert best is not None
-    return best
+        return codes, gain, _loss(decoded, gain, rows)
+
+    best = at(jnp.broadcast_to(codec.levels[count // 2], rows.x.shape[:1]))
+    step = count // 4 if codec.bisect else 0
+    while step:
+        here = jnp.searchsorted(codec.levels, best[1])
+        for move in (-step, step):
+            there = jnp.clip(here + move, 0, count - 1)
+            best = _better(best, at(codec.levels[there]))
+        step //= 2
+    for _ in range(num_alternations):
+        best = _better(best, at(best[1]))
+    return Codes(best[0], best[1])
 
 
 @jax.jit
@@ -197,7 +210,8 @@ def fit_scale(
 
     Args:
       codec: a learned codec, such as :class:`~avq_jax.Codebook` or
-        :class:`~avq_jax.AdditiveCodebook`.
+        :class:`~avq_jax.AdditiveCodebook`; of a :class:`Scaled` one the levels are learned anew
+        for the codes that it gives.
       x: ``[n, d]`` rows.
       scaling: their :class:`~avq_jax.Scaling`; ``None`` is the reconstruction loss.
       bits: of a scale, 1 to 8.
@@ -225,9 +239,16 @@ def fit_scale(
     if is_traced(codec, rows):
         raise TypeError("fit_scale sorts scales on the host; call it outside jit")
     rows = jax.tree.map(jnp.asarray, rows)
-    decoded = decode(codec, _plain(codec, rows))
+    if isinstance(codec, Scaled):
+        terms = {"direction": rows.direction, "extra": rows.extra}
+        codes, bisect = encode(codec, rows.x, rows.scaling, **terms).codes, codec.bisect
+        codec = codec.codec
+    else:
+        bisect = False
+        codes = _plain(codec, rows).codes
+    decoded = decode(codec, codes)
     square, across = (np.asarray(v, np.float64) for v in _parabola(decoded, rows))
-    return Scaled(codec, jnp.asarray(_levels(square, across, 1 << bits)))
+    return Scaled(codec, jnp.asarray(_levels(square, across, 1 << bits)), bisect)
 
 
 def _levels(square: np.ndarray, across: np.ndarray, count: int) -> np.ndarray:

@@ -135,6 +135,7 @@ def test_direction_is_that_of_the_loss(learned):
     assert with_it < 0.9 * float(without.mean())
 
 
+@pytest.mark.full
 def test_same_key_same_codec_also_in_jit(learned):
     x, scaling, codec, history = learned
     options = {"num_codebooks": 4, "num_iterations": 10, "tolerance": 0}

@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "additive.h"
 #include "dot.h"
 #include "encode.h"
 #include "top_k.h"
@@ -229,6 +230,49 @@ void check_rescore_and_encode(Pool& pool) {
   }
 }
 
+void check_additive(Pool& pool) {
+  AdditiveArguments a;
+  a.n = up_to(80);
+  a.d = up_to(6);
+  a.r = up_to(2);
+  a.m = up_to(5);
+  a.k = 1 + up_to(up_to(3) == 0 ? 255 : 19);
+  a.kp = (a.k + 15) / 16 * 16;
+  a.sweeps = 1 + up_to(3);
+  a.rounds = up_to(4);
+  a.size = up_to(3);
+  std::normal_distribution<float> normal;
+  auto floats = [&](int64_t count) {
+    std::vector<float> v(static_cast<size_t>(count));
+    for (float& x : v) x = normal(random_bits);
+    return v;
+  };
+  auto rows = floats(a.n * a.d);
+  const auto directions = floats(a.n * a.r * a.d), weights = floats(a.n * a.r);
+  const auto words = floats(a.d * a.m * a.kp), norms = floats(a.m * a.kp);
+  const auto pairs = floats(a.m * a.k * a.m * a.kp);
+  const std::vector<float> ones(static_cast<size_t>(a.n), 1.0f);
+  std::vector<uint8_t> start(static_cast<size_t>(a.n * a.m)), codes(start.size(), 255);
+  for (auto& code : start) code = static_cast<uint8_t>(up_to(255));
+  std::vector<int32_t> kicks(static_cast<size_t>(a.rounds * a.size * 2));
+  for (auto& kick : kicks) kick = static_cast<int32_t>(up_to(20)) - 5;
+  if (!rows.empty() && up_to(5) == 0) rows[0] = NAN;
+  a.rows = rows.data();
+  a.directions = directions.data();
+  a.orthogonal = ones.data();
+  a.weights = weights.data();
+  a.words = words.data();
+  a.norms = norms.data();
+  a.pairs = pairs.data();
+  a.start = up_to(1) == 0 ? nullptr : start.data();
+  a.kicks = kicks.data();
+  a.codes = codes.data();
+  assign_additive(a, pool);
+  for (uint8_t code : codes) {
+    if (code >= a.k) fail("an additive code");
+  }
+}
+
 // Every leaf probed and every slot rescored is exact search, whatever the codes say.
 void check_tree_search(Pool& pool) {
   const int64_t dim = 1 + up_to(40), leaves = 1 + up_to(20), n = up_to(600), b = up_to(20);
@@ -333,11 +377,13 @@ int main(int argc, char** argv) {
       check_top_k(none, 20000);
       check_dot(none);
       check_rescore_and_encode(none);
+      check_additive(none);
       check_tree_search(none);
       if (i % 5 == 0) {
         Threads threads;
         check_top_k(threads, 90000);
         check_dot(threads);
+        check_additive(threads);
         check_tree_search(threads);
       }
     }

@@ -41,8 +41,8 @@ def assign_additive_codes(
       directions: ``float[n, r, d]``, directions u of each row.
       orthogonal: ``float[n]``, the factor a of each row.
       weights: ``float[n, r]``, the factor w of each direction.
-      kicks: ``int[rounds, size, 2]``, pairs of a codebook and a word, the same for all rows, so that
-        a row's codes do not depend on its neighbours; pairs out of range kick nothing.
+      kicks: ``int[rounds, size, 2]``, pairs of a codebook and a word, the same for all rows: so
+        a row's codes do not depend on its neighbours. Pairs out of range kick nothing.
       codes: ``uint8[n, m]`` where the descent starts; None starts from no words at all, and the
         first sweep adds one of each codebook.
       max_sweeps: most sweeps of a descent, at least 1.
@@ -141,5 +141,5 @@ def _assign(
     plain = functools.partial(reference.assign_additive_codes, max_sweeps=max_sweeps)
     # Codes have no gradient: cut it here, where the foreign function would refuse it.
     args = (rows, directions, orthogonal, weights, codes, words, norms, pairs, kicks)
-    args = tuple(jax.lax.stop_gradient(x) for x in args)
-    return implementations.choose(implementation, compiled, plain, *args)
+    cut = [jax.lax.stop_gradient(x) for x in args]
+    return implementations.choose(implementation, compiled, plain, *cut)

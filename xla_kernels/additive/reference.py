@@ -54,7 +54,8 @@ def assign_additive_codes(
         return x.reshape(-(-n // block), block, *x.shape[1:])
 
     def one(part: tuple[jax.Array, ...]) -> jax.Array:
-        return _search(*part, words, norms, pairs, kicks, max_sweeps)
+        x, u, a, w, first = part
+        return _search(x, u, a, w, first, words, norms, pairs, kicks, max_sweeps)
 
     parts = (rows, directions, orthogonal, weights, start)
     found = lax.map(one, tuple(in_blocks(x) for x in parts))
