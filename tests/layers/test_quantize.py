@@ -43,7 +43,7 @@ def test_value_is_the_decoded_code(book, x, weights, estimator):
 def test_each_loss_moves_its_own_side(book, x, weights):
     @jax.jit
     def gradients(book, x):
-        out, back = jax.vjp(lambda b, x: avq_jax.quantize(b, x, weights)[2:], book, x)
+        _, back = jax.vjp(lambda b, x: avq_jax.quantize(b, x, weights)[2:], book, x)
         one, no = jnp.ones(N), jnp.zeros(N)
         return back((no, one)), back((one, no))
 
