@@ -24,6 +24,7 @@ from avq_jax.layers import (
     ema_update,
     gather_rows,
     log_sum_exp,
+    memory_read,
     quantize,
     refresh,
     revive,
@@ -31,7 +32,9 @@ from avq_jax.layers import (
     soft_quantize,
     softmax_classes,
     softmax_cross_entropy,
+    solve_codebook,
     sparse_update,
+    top_k_attention,
 )
 from avq_jax.loss import (
     Exponential,
@@ -149,6 +152,7 @@ __all__ = [
     "load",
     "log_sum_exp",
     "lookup_table",
+    "memory_read",
     "quantize",
     "rebalance",
     "recall_1_at_n",
@@ -170,8 +174,10 @@ __all__ = [
     "soft_quantize",
     "softmax_classes",
     "softmax_cross_entropy",
+    "solve_codebook",
     "sparse_update",
     "statistics",
+    "top_k_attention",
     "tune",
     "user_ids",
 ]

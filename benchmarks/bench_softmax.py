@@ -116,8 +116,8 @@ def compare(name, data, subspaces, settings, arguments):
         slow, fast = [], []
         for i in range(arguments.repeats):
             h, y = batches[i % len(batches)]
-            slow.append(timed(lambda h=h, y=y: full(table, h, y)))
-            fast.append(timed(lambda h=h, y=y, i=i: step(keys[i], hidden=h, labels=y)))
+            slow.append(timed(functools.partial(full, table, h, y)))
+            fast.append(timed(functools.partial(step, keys[i], hidden=h, labels=y)))
         errors = {"hidden": [], "rows": []}
         for (_, (dense, of_hidden)), (_, (sparse, near)) in zip(exact, got, strict=False):
             sparse = (

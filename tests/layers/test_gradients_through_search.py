@@ -1,4 +1,4 @@
-"""Gradients of search inside a model: both implementations alike, vmap, checkpoint, scan, limits."""
+"""Gradients of search inside a model: both implementations, vmap, checkpoint, scan, limits."""
 
 import dataclasses
 

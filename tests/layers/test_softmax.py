@@ -258,8 +258,8 @@ def test_errors_name_the_argument(index, hidden, table):
         avq_jax.softmax_classes(key, index, hidden, jnp.zeros(8), k=4, num_samples=4)
     with pytest.raises(ValueError, match="hidden must be as wide"):
         avq_jax.softmax_classes(key, index, hidden[:, 1:], k=4, num_samples=4)
+    few = avq_jax.softmax_classes(key, index, hidden, k=4, num_samples=4)
     with pytest.raises(ValueError, match="classes must have labels"):
-        few = avq_jax.softmax_classes(key, index, hidden, k=4, num_samples=4)
         avq_jax.softmax_cross_entropy(hidden, avq_jax.gather_rows(table, few.ids), few)
     with pytest.raises(ValueError, match="delta must be between 0 and 1"):
         avq_jax.log_sum_exp(key, index, hidden, k=4, num_samples=4, delta=1.0)
