@@ -56,12 +56,12 @@ def solve_codebook(
     >>> import jax, jax.numpy as jnp
     >>> book = Codebook(jnp.zeros((1, 1, 2)), dim=2)
     >>> x, codes = jnp.array([[1., 0.], [0., 2.]]), jnp.zeros((2, 1), jnp.uint8)
-    >>> solve = lambda h: solve_codebook(book, x, codes, Scaling(jnp.full(2, h), jnp.ones(2)))
-    >>> print(solve(1.0).codewords.ravel().round(3))  # the mean
-    [0.5 1. ]
-    >>> print(solve(3.0).codewords.ravel().round(3))  # h / (h + 1) times the rows
-    [0.75 1.5 ]
-    >>> round(float(jax.grad(lambda h: solve(h).codewords[0, 0, 0])(3.0)), 4)  # 1 / (h + 1)^2
+    >>> def first(h):
+    ...     scaling = Scaling(jnp.full(2, h), jnp.ones(2))
+    ...     return solve_codebook(book, x, codes, scaling).codewords[0, 0, 0]
+    >>> round(float(first(1.0)), 4), round(float(first(3.0)), 4)  # h / (h + 1)
+    (0.5, 0.75)
+    >>> round(float(jax.grad(first)(3.0)), 4)  # 1 / (h + 1)^2
     0.0625
     """
     rows = learning_rows(codebook, x, scaling, direction, extra)

@@ -61,7 +61,7 @@ def value(parts, queries, index, rescore, implementation):
     return jnp.sum(jnp.sin(found.scores)), found.ids
 
 
-@pytest.mark.parametrize("rescore", [0, 50])
+@pytest.mark.parametrize("rescore", [50, pytest.param(0, marks=pytest.mark.full)])
 def test_compiled_kernel_and_xla_agree_in_both_modes(index, queries, rescore):
     if not library.available():
         pytest.skip(f"no compiled kernels: {library.load().reason}")
@@ -93,6 +93,7 @@ def test_compiled_kernel_and_xla_agree_in_both_modes(index, queries, rescore):
         assert bool((gradient != 0).any()) == (name in moving), name
 
 
+@pytest.mark.full
 def test_vmap_over_indexes_and_queries(index, rows, queries):
     parts = parts_of(index)
     many = jax.tree.map(lambda a: jnp.stack([a, 1.5 * a]), parts)
@@ -158,6 +159,7 @@ def test_ids_have_no_gradient(index, queries):
         jax.grad(lambda q: avq_jax.search(index, q, k=2).ids[0, 0])(queries)
 
 
+@pytest.mark.full
 def test_vmap_over_weights_of_the_loss(rows):
     """A sweep of T is one program: the learner under vmap over weight pytrees."""
     norms = jnp.linalg.norm(rows, axis=1)

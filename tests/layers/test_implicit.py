@@ -37,6 +37,7 @@ def test_solves_the_joint_system(problem):
     assert loss(solved) < loss(state.codebook)
 
 
+@pytest.mark.full
 def test_derivatives_in_the_threshold_and_the_rows(problem):
     x, _, state = problem
     norms = jnp.linalg.norm(x, axis=1)

@@ -50,6 +50,7 @@ def test_all_keys_is_exact_attention_with_its_gradients(index, memory, queries):
     chex.assert_trees_all_close(back(one), exactly(one), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.full
 def test_error_bound(index, memory, queries):
     keys, values = memory
     share = jax.nn.softmax(queries @ keys.T / D**0.5, axis=1)

@@ -72,6 +72,7 @@ def test_classes_are_distinct_and_stand_for_all(index, hidden):
     assert np.isin(found, ids).all()
 
 
+@pytest.mark.full
 def test_every_class_sampled_is_exact(index, table, hidden):
     """With all ranges of size one the sum is complete, whatever the search found."""
     classes = choose(jax.random.key(3), index, hidden, num_samples=N)
@@ -80,6 +81,7 @@ def test_every_class_sampled_is_exact(index, table, hidden):
     np.testing.assert_allclose(loss, exact_loss(table, hidden), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full
 def test_unbiased_even_by_a_stale_index(index, table, hidden):
     """A search that finds next to nothing, in an index of other rows, costs variance, not bias."""
     stale = avq_jax.refresh(index, np.arange(N), np.asarray(table)[::-1])
@@ -138,6 +140,7 @@ class TestLogSumExp:
         ratio = 2 * np.log(2 / 0.1) * N / (60 * 100)
         assert (got.upper - exact[None]).max() < np.log1p(2.5 * (ratio**0.5 + ratio))
 
+    @pytest.mark.full
     def test_gradient_and_whole_table(self, index, table, hidden):
         def value(h):
             return avq_jax.log_sum_exp(jax.random.key(0), index, h, k=K, num_samples=N).value
