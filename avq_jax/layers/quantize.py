@@ -121,7 +121,7 @@ def _quantize(codebook: Codebook, rows: Rows, estimator: str, num_sweeps: int) -
     still = jax.lax.stop_gradient((rows, picked))
     moved = rows.x if estimator == "straight-through" else _rotated(rows.x, still[1])
     along = still[0].x if rows.direction is None else still[0].direction
-    metric = {"direction": along, "extra": still[0].extra}
+    metric: Any = {"direction": along, "extra": still[0].extra}
     weights = still[0].scaling
     return Quantized(
         # The difference is exactly zero: the value is that of the codewords.

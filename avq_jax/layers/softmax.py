@@ -83,7 +83,7 @@ def softmax_classes(
     k: int,
     num_samples: int,
     leaves_to_search: int | None = None,
-    rescore: int = 0,
+    rescore: int | None = 0,
 ) -> SoftmaxClasses:
     """Choose the classes from which a batch estimates its softmax.
 

@@ -21,9 +21,7 @@ def memory():
 
 @pytest.fixture(scope="module")
 def index(memory):
-    return avq_jax.build(
-        jax.random.key(2), memory[0], num_leaves=6, num_subspaces=4, num_iterations=2
-    )
+    return avq_jax.build(jax.random.key(2), memory[0])
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +37,7 @@ def test_all_keys_is_exact_attention_with_its_gradients(index, memory, queries):
     keys, values = memory
 
     def found(q, keys, values):
-        return avq_jax.top_k_attention(
-            index, q, values, keys=keys, k=N, rescore=N, leaves_to_search=6
-        )
+        return avq_jax.top_k_attention(index, q, values, keys=keys, k=N, rescore=N)
 
     one = jax.random.normal(jax.random.key(3), (B, V))
     got, back = jax.vjp(jax.jit(found), queries, keys, values)
@@ -55,7 +51,7 @@ def test_error_bound(index, memory, queries):
     keys, values = memory
     share = jax.nn.softmax(queries @ keys.T / D**0.5, axis=1)
     kept = jax.lax.top_k(share, K)[0].sum(axis=1)
-    got = avq_jax.top_k_attention(index, queries, values, k=K, rescore=N, leaves_to_search=6)
+    got = avq_jax.top_k_attention(index, queries, values, k=K, rescore=N)
     error = jnp.linalg.norm(got - exact(queries, keys, values), axis=1)
     bound = 2 * (1 - kept) * jnp.linalg.norm(values, axis=1).max()
     assert (error <= bound).all()
@@ -65,7 +61,7 @@ def test_error_bound(index, memory, queries):
 def test_masked_single_and_broken_queries(index, memory, queries):
     _, values = memory
     mask = jnp.arange(N) < 3
-    got = avq_jax.top_k_attention(index, queries[0], values, k=K, allowed=mask, leaves_to_search=6)
+    got = avq_jax.top_k_attention(index, queries[0], values, k=K, allowed=mask)
     np.testing.assert_allclose(
         got, exact(queries[:1], memory[0][:3], values[:3])[0], rtol=1e-4, atol=1e-5
     )
