@@ -177,6 +177,27 @@ def _quality(result: dict) -> str:
     return "\n".join([*lines, "", _environment(groups[0])])
 
 
+def _softmax(result: dict) -> str:
+    lines = [
+        f"Loss and gradients of an output layer, a batch of {result['batch']}, both sides jitted, "
+        "CPU milliseconds on one core; k classes by search for each query, l sampled. The gap is "
+        "that of the mean perplexity, with its standard error:",
+        "",
+        "| layer | perplexity | k | l | full | approximate | times faster | gap, % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, layer in result["layers"].items():
+        for row in layer["settings"]:
+            gap = row["perplexity_gap_percent"]
+            lines.append(
+                f"| {name}, {layer['classes']:,} x {layer['width']} | {layer['perplexity']:.1f} "
+                f"| {row['k']} | {row['num_samples']} | {row['full_ms']:.0f} "
+                f"| {row['approximate_ms']:.1f} | {row['times_faster']:.1f} "
+                f"| {gap:.2f} ± {row['standard_error_of_gap_percent']:.2f} |"
+            )
+    return "\n".join([*lines, "", _environment(result)])
+
+
 TABLES: dict[str, Callable[[dict], str]] = {
     "codes": _codes,
     "search_glove6b-100": _search,
@@ -190,6 +211,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "quality_sentences-384_256": _quality,
     "quality_sentences-384_384": _quality,
     "quality_sentences-384_768": _quality,
+    "softmax": _softmax,
 }
 
 

@@ -42,7 +42,8 @@ def _codes(codebook: Codebook, rows: Rows, num_sweeps: int) -> UInt8[Array, "n m
     return encode_rows(words, rows, num_sweeps=num_sweeps).T.astype(jnp.uint8)
 
 
-def _rows(codebook: Codebook, x: Any, scaling: Any, direction: Any, extra: Any) -> Rows:
+def learning_rows(codebook: Codebook, x: Any, scaling: Any, direction: Any, extra: Any) -> Rows:
+    """Check rows and what their loss depends on against a codebook."""
     if not isinstance(codebook, Codebook):
         raise TypeError(f"codebook must be an avq_jax.Codebook; got {type(codebook).__name__}")
     rows = as_learning_rows(x, scaling, direction, extra, dim=codebook.dim)
@@ -108,7 +109,7 @@ def quantize(
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {ESTIMATORS}; got {estimator!r}")
-    rows = _rows(codebook, x, scaling, direction, extra)
+    rows = learning_rows(codebook, x, scaling, direction, extra)
     num_sweeps = as_count(num_sweeps, name="num_sweeps", minimum=0)
     return _quantize(codebook, rows, estimator, num_sweeps)
 
@@ -120,7 +121,7 @@ def _quantize(codebook: Codebook, rows: Rows, estimator: str, num_sweeps: int) -
     still = jax.lax.stop_gradient((rows, picked))
     moved = rows.x if estimator == "straight-through" else _rotated(rows.x, still[1])
     along = still[0].x if rows.direction is None else still[0].direction
-    metric = {"direction": along, "extra": still[0].extra}
+    metric: Any = {"direction": along, "extra": still[0].extra}
     weights = still[0].scaling
     return Quantized(
         # The difference is exactly zero: the value is that of the codewords.
@@ -194,7 +195,7 @@ def soft_quantize(
     """
     if not is_traced(temperature) and not np.all(np.asarray(temperature) > 0):
         raise ValueError(f"temperature must be above 0; got {temperature}")
-    rows = _rows(codebook, x, scaling, direction, extra)
+    rows = learning_rows(codebook, x, scaling, direction, extra)
     num_sweeps = as_count(num_sweeps, name="num_sweeps", minimum=0)
     return _soft_quantize(codebook, rows, jnp.asarray(temperature, jnp.float32), num_sweeps)
 

@@ -32,6 +32,7 @@ def tree_search(
         "euclidean": np.bool_(euclidean),
     }
     empty = jnp.zeros(0, jnp.float32)
+    slots = tree.slot_rows.shape[0]  # the rule below must not hold on to traced arrays
 
     @custom_vmap
     def call(queries: Any, usable: Any, rest: Any) -> Any:
@@ -56,7 +57,7 @@ def tree_search(
             return jax.lax.map(step, jnp.arange(size)), (True, True)
         if not batched[0]:
             queries = jnp.broadcast_to(queries[None], (size, *queries.shape))
-        b, slots = queries.shape[1], tree.slot_rows.shape[0]
+        b = queries.shape[1]
         if batched[1] or usable.shape[-2] > 1:
             usable = usable if batched[1] else usable[None]
             usable = jnp.broadcast_to(usable, (size, b, slots)).reshape(size * b, slots)
