@@ -116,7 +116,7 @@ def direct_tree_search(
     run = handle.xla_kernels_tree_search_direct
     run.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] + [ctypes.c_void_p]
     address = ctypes.addressof(arguments)
-    address_of = (ctypes.c_char * 0).from_buffer
+    address_of: Any = (ctypes.c_char * 0).from_buffer
 
     def find(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         b = len(queries)
