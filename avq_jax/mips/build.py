@@ -106,7 +106,7 @@ def build(
         copies not counted), so that no query meets a leaf that is long to scan; ``None`` leaves
         sizes as k-means makes them, which finds more in as many codes.
       spherical: k-means with centroids of length 1, for rows that differ in direction alone. As
-        without, Theorem 4.2 then gives the centroids their lengths.
+        without, leaves are ranked by Theorem 4.2 and rows coded from the means.
       leaves_to_search: default effort of ``search``; ``None`` takes a tenth of the leaves.
       rescore_dtype: storage of the rescoring rows, ``"float32"``, ``"bfloat16"``, ``"int8"``, or
         ``None`` to keep none.
@@ -317,16 +317,19 @@ def _build_tree(
         spherical=spherical,
         progress=progress,
     )
-    leaves = None
+    leaves = ranking = None
     if balance is not None:
         centroids, prices = balanced_centroids(
             sample, centroids, balance=balance, progress=progress
         )
         leaves = balanced_leaves(x, centroids, prices, balance=balance)
     if metric != "l2" and num_leaves > 1:
-        # Ranks leaves better, which brings more than the codes of longer residuals cost.
-        near = nearest_centroids(sample, centroids) if leaves is None else leaves[picked]
-        centroids = anisotropic_centroids(sample, near, centroids, eta=_CENTROID_ETA)
+        # Ranks leaves better. Residuals are coded from the means, which leaves less to code.
+        leaves = nearest_centroids(x, centroids) if leaves is None else leaves
+        near = leaves[picked]
+        ranking = anisotropic_centroids(sample, near, centroids, eta=_CENTROID_ETA)
+        if spherical:  # back to means, from directions
+            centroids = anisotropic_centroids(sample, near, centroids, eta=1.0)
     if leaves is None:
         leaves = nearest_centroids(x, centroids)
     center = np.asarray(centroids)
@@ -346,7 +349,7 @@ def _build_tree(
 
     if soar_lambda is None or len(center) < 2:
         codes, offset = _encode_leaves(x, leaves, center, codebook, terms, metric, progress)
-        return pack_tree(centroids, leaves, codebook, codes, offset)
+        return pack_tree(centroids, leaves, codebook, codes, offset, ranking=ranking)
     second = spilled_leaves(x, leaves, centroids, soar_lambda=soar_lambda)
     pairs = [
         _encode_leaves(x, each, center, codebook, terms, metric, progress)
@@ -354,7 +357,8 @@ def _build_tree(
     ]
     codes = np.stack([codes for codes, _ in pairs], axis=1)
     offset = None if metric != "l2" else np.stack([offset for _, offset in pairs], axis=1)
-    return pack_tree(centroids, np.stack([leaves, second], axis=1), codebook, codes, offset)
+    both = np.stack([leaves, second], axis=1)
+    return pack_tree(centroids, both, codebook, codes, offset, ranking=ranking)
 
 
 def _encode_leaves(

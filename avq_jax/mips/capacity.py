@@ -89,6 +89,7 @@ def _lay_out_again(tree: Tree, held: Held, rows: np.ndarray, room: np.ndarray | 
             slots,
             np.asarray(packed.codewords).transpose(0, 2, 1),
             codes,
+            ranking=packed.ranking,
             leaf_offset=tree.leaf_offset,
             slot_offset=offset,
         )

@@ -242,7 +242,7 @@ def _copies(
     near = centroids[leaves] + np.asarray(decode(tree.codebook, codes))
     parallel, across = residuals(jnp.broadcast_to(x, near.shape), near)
     estimates = near @ q
-    ranking = centroids @ q
+    ranking = np.asarray(tree.ranking) @ q
     if index.metric == "l2":
         ranking = ranking + np.asarray(tree.leaf_offset)
         estimates = 2 * (estimates + np.asarray(tree.offset)[slots]) - q @ q

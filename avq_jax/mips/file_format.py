@@ -11,6 +11,7 @@ Tensors, by name (n rows, d width, m subspaces, k codewords, L leaves):
                                                ``codec.copies`` is c); from here on absent without
                                                tree, and of n c entries where said of rows
 ``centroids``  F32 ``[L, d]``
+``ranking``    F32 ``[L, d]``, where leaves are not ranked by their centroids
 ``leaf_offset``  F32 ``[L]``                   l2 only
 ``codewords``  F32 ``[m, k, ceil(d / m)]``
 ``offset``     F32 ``[n]``                     l2 only
@@ -51,7 +52,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 TENSORS = (
-    "rows", "scale", "ids", "leaves", "centroids", "leaf_offset", "codewords", "offset", "codes",
+    "rows", "scale", "ids", "leaves", "centroids", "ranking", "leaf_offset", "codewords", "offset", "codes",
 )  # fmt: skip
 # Name in the file: class and its parameters.
 _WEIGHTS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -124,6 +125,7 @@ def arrays_of(index: Index) -> dict[str, np.ndarray]:
         found.update(
             leaves=rows.leaves.reshape(-1),
             centroids=tree.centroids,
+            ranking=tree.packed.ranking if tree.packed.ranking.shape[0] else None,
             leaf_offset=tree.leaf_offset,
             codewords=tree.codebook.codewords,
             offset=None if rows.offset is None else rows.offset.reshape(-1),
@@ -259,6 +261,8 @@ def check_header(header: Mapping[str, Any], where: str) -> dict[str, Spec]:
         entries = n * (count(codec, "copies", 2, 64) if "copies" in codec else 1)
         shapes |= {"leaves": (entries,), "centroids": (L, d), "codewords": (m, k, -(-d // m))}
         shapes["codes"] = (entries, -(-m // 2) if k <= 16 else m)
+        if "ranking" in tensors:
+            shapes["ranking"] = (L, d)
         if metric == "l2":
             shapes |= {"leaf_offset": (L,), "offset": (entries,)}
     need(set(shapes) == set(tensors), f"the tensors are {sorted(shapes)}")
@@ -289,7 +293,7 @@ def index_of(
             raise IndexFormatError(f"{where} is damaged: {name} must be {rule}")
 
     weight = _weight_from_json(header.get("weight"), weight, where)
-    for name in ("centroids", "codewords", "leaf_offset", "offset", "scale"):
+    for name in ("centroids", "ranking", "codewords", "leaf_offset", "offset", "scale"):
         if name in arrays:
             need(np.isfinite(arrays[name]).all(), name, "finite")
     n, tree, store = header["num_rows"], None, None
@@ -314,6 +318,7 @@ def index_of(
             Codebook(jnp.asarray(arrays["codewords"]), header["dim"]),
             codes,
             offset,
+            ranking=arrays.get("ranking"),
             leaf_offset=None if leaf_offset is None else jnp.asarray(leaf_offset),
         )
     if "rows" in arrays:

@@ -62,8 +62,13 @@ class Tree(NamedTuple):
         return self.packed.centroids
 
     @property
+    def ranking(self) -> Any:
+        """``float32[L, d]``, leaves are probed by ``<q, ranking[l]>``; often not the centroids."""
+        return self.packed.ranking if self.packed.ranking.shape[0] else self.packed.centroids
+
+    @property
     def leaf_offset(self) -> Any:
-        """``float32[L]`` added to ``<q, centroid>`` when leaves are ranked, or ``None``."""
+        """``float32[L]`` added to those products, or ``None``."""
         return self.packed.leaf_offset if self.packed.leaf_offset.shape[0] else None
 
     @property

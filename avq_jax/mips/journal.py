@@ -19,9 +19,10 @@ _STEP = 1 << 24
 
 
 class Learned(NamedTuple):
-    """What a build learns before it encodes; T is the default threshold."""
+    """What a build learns before it encodes; T is the default threshold, ranking may be empty."""
 
     centroids: Any
+    ranking: Any
     codewords: Any
     T: Any
 

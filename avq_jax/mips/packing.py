@@ -40,6 +40,7 @@ def pack_tree(
     codes: np.ndarray,
     offset: Any = None,
     *,
+    ranking: Any = None,
     leaf_offset: Any = None,
 ) -> Tree:
     """Lay coded rows out by leaf, in blocks.
@@ -50,6 +51,7 @@ def pack_tree(
       codebook: of the residuals.
       codes: ``uint8[n, m]`` or ``[n, c, m]`` in row order.
       offset: ``float32[n]`` or ``[n, c]``, term of each row (L2), or ``None``.
+      ranking: ``float32[L, d]`` vectors that rank leaves; ``None`` for the centroids.
       leaf_offset: ``float32[L]``; ``None`` makes it from the centroids where there are offsets.
 
     Returns:
@@ -70,6 +72,7 @@ def pack_tree(
         np.where(entries >= 0, entries // copies, -1),
         codebook.codewords,
         codes.reshape(-1, codes.shape[-1])[at],
+        ranking=ranking,
         leaf_offset=leaf_offset,
         slot_offset=offset,
     )

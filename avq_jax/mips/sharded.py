@@ -145,6 +145,7 @@ def _part(index: Index, begin: int, end: int) -> PackedTree:
         rows,
         np.asarray(packed.codewords).transpose(0, 2, 1),
         codes,
+        ranking=packed.ranking,
         leaf_offset=index.tree.leaf_offset,
         slot_offset=offset,
     )

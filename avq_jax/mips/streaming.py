@@ -153,8 +153,13 @@ def build_to_disk(
         center = np.asarray(learned.centroids)
         none = np.zeros(0, np.float32) if metric == "l2" else None
         nothing = np.zeros((0, m), np.uint8)
-        tree = pack_tree(jnp.asarray(center), np.zeros(0, np.int32), book, nothing, none)
+        ranking = np.asarray(learned.ranking)
+        tree = pack_tree(
+            jnp.asarray(center), np.zeros(0, np.int32), book, nothing, none, ranking=ranking
+        )
         whole = {"centroids": center, "codewords": np.asarray(learned.codewords)}
+        if len(ranking):
+            whole["ranking"] = ranking
         if tree.leaf_offset is not None:
             whole["leaf_offset"] = np.asarray(tree.leaf_offset)
         if words is not None:
@@ -291,7 +296,10 @@ def _learn(
         soar_lambda=soar_lambda, progress=progress,
     )  # fmt: skip
     words = np.asarray(tree.codebook.codewords)
-    return Learned(np.asarray(tree.centroids), words, np.array([T], np.float32))
+    packed = tree.packed
+    return Learned(
+        np.asarray(packed.centroids), np.asarray(packed.ranking), words, np.array([T], np.float32)
+    )
 
 
 def _encoded(

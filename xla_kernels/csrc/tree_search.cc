@@ -20,7 +20,7 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int64_t kTile = 512;
 // A batch scans this many of each query's best leaves first: thresholds rise before the rest.
 constexpr int64_t kFirst = 2;
-// Norm of the integer query. With centroids of norm <= 32000 sums stay below 2^30.
+// Norm of the integer query. With vectors of norm <= 32000 sums stay below 2^30.
 constexpr float kQueryNorm = 32000.0f;
 constexpr int64_t kPrefetchRows = 12;
 // Queries whose leaves are ranked, and whose candidates are scored, at a time.
@@ -175,7 +175,7 @@ class Worker {
     search.query.error = 0;
   }
 
-  // The leaves of largest <q, centroid> (+ offset), from products in 16-bit integers: centroids and
+  // The leaves of largest <q, ranking vector> (+ offset), from products in 16-bit integers: vectors and
   // queries are scaled so that their norms are near 32000, an error of 1e-4 of the norms.
   void rank(int64_t first, Search* searches, int64_t count) {
     int16_t* rounded = scratch_.rounded_query.reserve(2 * pairs_ * kTogether);
@@ -199,11 +199,12 @@ class Worker {
     }
     tree_.leaf_products(a_.tiles, tiles_, pairs_, rounded, count, products);
     for (int64_t i = 0; i < count; ++i) {
-      if (searches[i].finite) choose_leaves(products + i * tiles_ * 16, ups[i], searches[i]);
+      const float* query = a_.queries + (first + i) * a_.dim;
+      if (searches[i].finite) choose_leaves(query, products + i * tiles_ * 16, ups[i], searches[i]);
     }
   }
 
-  void choose_leaves(int32_t* products, float up, Search& search) {
+  void choose_leaves(const float* query, int32_t* products, float up, Search& search) {
     const float unit = up > 0 ? 1.0f / (up * a_.centroid_scale) : 0.0f;
     int32_t* keys = products;
     if (a_.leaf_offset != nullptr) {
@@ -228,7 +229,7 @@ class Worker {
     search.leaves.clear();
     for (const uint64_t key : scratch_.best) {
       const auto l = static_cast<int32_t>(key & 0xffffffffu);
-      search.leaves.push_back({l, static_cast<float>(products[l]) * unit});
+      search.leaves.push_back({l, tree_.dot(query, a_.centroids + l * a_.dim, a_.dim)});
     }
     const uint8_t* soon = a_.codes.block(a_.starts[search.leaves[0].number]);
     for (int64_t i = 0; i < kFirstBytes; i += 64) __builtin_prefetch(soon + i);

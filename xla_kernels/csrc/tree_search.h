@@ -20,7 +20,7 @@ struct TreeSearchArguments {
   int64_t dim = 0;
 
   const float* centroids = nullptr;  // [num_leaves, dim]
-  // int16[tiles of 16 leaves][pairs of columns][16][2]: centroids times `centroid_scale`.
+  // int16[tiles of 16 leaves][pairs of columns][16][2]: what ranks leaves, times `centroid_scale`.
   const int16_t* tiles = nullptr;
   float centroid_scale = 1;
   const float* leaf_offset = nullptr;  // [num_leaves] or null; ranks leaves, not rows

@@ -21,16 +21,18 @@ class PackedTree(NamedTuple):
 
     Attributes:
       centroids: ``float32[L, d]``.
-      tiles: ``int16[ceil(L / 16), ceil(d / 2), 16, 2]`` the centroids times ``centroid_scale``.
+      tiles: ``int16[ceil(L / 16), ceil(d / 2), 16, 2]`` the vectors that rank leaves, times
+        ``centroid_scale``.
       centroid_scale: ``float32[]``.
-      leaf_offset: ``float32[L]`` added to ``<q, centroid>`` where leaves are ranked; ``[0]`` for
-        none.
+      leaf_offset: ``float32[L]`` added to the products that rank leaves; ``[0]`` for none.
       starts: ``int32[L + 1]`` first block of each leaf.
       codewords: ``float32[m, s, k]``, the codewords of a subspace on the last axis.
       codes: `PackedCodes` of the slots.
       slot_offset: ``float32[S]`` term of each slot's score; ``[0]`` for none.
       slot_rows: ``int32[S]`` row in each slot, -1 for none.
       usable: ``bool[1, S]``, false where there is no row.
+      ranking: ``float32[L, d]``, leaves are probed by ``<q, ranking[l]>``; ``[0, d]`` where these
+        are the centroids.
     """
 
     centroids: Any
@@ -43,6 +45,7 @@ class PackedTree(NamedTuple):
     slot_offset: Any
     slot_rows: Any
     usable: Any
+    ranking: Any
 
     @property
     def block(self) -> int:
@@ -51,7 +54,7 @@ class PackedTree(NamedTuple):
 
 
 def centroid_tiles(centroids: Any) -> tuple[np.ndarray, np.float32]:
-    """Centroids in 16-bit integers, sixteen leaves and two columns side by side, and their scale.
+    """Vectors of leaves in 16-bit integers, sixteen leaves and two columns side by side, and their scale.
 
     Example:
       >>> tiles, scale = centroid_tiles(np.ones((3, 5), np.float32))
@@ -75,6 +78,7 @@ def pack_tree(
     codewords: Any,
     codes: Any,
     *,
+    ranking: Any = None,
     leaf_offset: Any = None,
     slot_offset: Any = None,
 ) -> PackedTree:
@@ -86,7 +90,9 @@ def pack_tree(
       slot_rows: ``int32[S]`` row in each slot, -1 for none.
       codewords: ``[m, k, s]`` with m * s >= d.
       codes: ``uint8[S, m]`` codes of the slots, or `PackedCodes` of them.
-      leaf_offset: ``[L]`` added to ``<q, centroid>`` where leaves are ranked, or None.
+      ranking: ``[L, d]`` vectors whose products with a query rank the leaves, or None for the
+        centroids.
+      leaf_offset: ``[L]`` added to those products, or None.
       slot_offset: ``[S]`` term of each slot's score, or None.
 
     Returns:
@@ -114,10 +120,14 @@ def pack_tree(
             f"starts must rise to {slots // size}, the number of blocks of {size} slots, over "
             f"{len(centroids)} leaves"
         )
-    tiles, scale = centroid_tiles(centroids)
+    centroids = np.asarray(centroids, np.float32)
+    ranking = centroids[:0] if ranking is None else np.asarray(ranking, np.float32)
+    if len(ranking) and ranking.shape != centroids.shape:
+        raise ValueError(f"ranking must have shape {centroids.shape}; got {ranking.shape}")
+    tiles, scale = centroid_tiles(ranking if len(ranking) else centroids)
     empty = np.zeros(0, np.float32)
     operands = (
-        np.asarray(centroids, np.float32),
+        centroids,
         tiles,
         scale,
         empty if leaf_offset is None else np.asarray(leaf_offset, np.float32),
@@ -127,6 +137,7 @@ def pack_tree(
         empty if slot_offset is None else np.asarray(slot_offset, np.float32).reshape(-1),
         slot_rows,
         (slot_rows >= 0)[None],
+        ranking,
     )
     return PackedTree(*jax.tree.map(jnp.asarray, operands))
 

@@ -46,12 +46,13 @@ def tree_search(
     queries = jnp.where(finite[:, None], queries, 0)
 
     def one(args: Any) -> Any:
-        q, shared, mask, ok = args
+        q, shared, rank, mask, ok = args
         mask = tree.usable[0] if mask is None else mask
 
         def run() -> Any:
             # Where a row may have two slots, one of them is spare.
-            found = _candidates(tree, q, shared, mask, leaves_to_search, max(rescore, 2 * k))
+            count = max(rescore, 2 * k)
+            found = _candidates(tree, q, shared, rank, mask, leaves_to_search, count)
             numbers = tree.slot_rows[jnp.maximum(found.slots, 0)]
             if rescore:
                 exact = row_scores(rows, row_scale, q, numbers, euclidean=euclidean)
@@ -69,7 +70,10 @@ def tree_search(
     def tile(args: Any) -> Any:
         q, mask, ok = args
         shared = jnp.matmul(q, tree.centroids.T, precision=_HIGHEST)
-        return jax.lax.map(one, (q, shared, mask, ok))
+        rank = shared
+        if tree.ranking.shape[0]:
+            rank = jnp.matmul(q, tree.ranking.T, precision=_HIGHEST)
+        return jax.lax.map(one, (q, shared, rank, mask, ok))
 
     # Written so that a batch of symbolic size divides too (jax.export).
     tiles = (b + _TILE - 1) // _TILE
@@ -153,10 +157,16 @@ def _slot_scores(tree: PackedTree, table: jax.Array, blocks: jax.Array) -> jax.A
 
 
 def _candidates(
-    tree: PackedTree, q: Any, shared: Any, usable: Any, leaves_to_search: int, count: int
+    tree: PackedTree,
+    q: Any,
+    shared: Any,
+    rank: Any,
+    usable: Any,
+    leaves_to_search: int,
+    count: int,
 ) -> Candidates:
     """The best ``count`` slots of the probed leaves by quantized score."""
-    rank = shared + tree.leaf_offset if tree.leaf_offset.shape[0] else shared
+    rank = rank + tree.leaf_offset if tree.leaf_offset.shape[0] else rank
     leaves = jax.lax.top_k(rank, min(leaves_to_search, rank.shape[0]))[1].astype(jnp.int32)
     table = lookup_table(tree, q)
     size = tree.block
