@@ -52,7 +52,8 @@ __all__ = [
 
 FORMAT_VERSION = 1
 TENSORS = (
-    "rows", "scale", "ids", "leaves", "centroids", "ranking", "leaf_offset", "codewords", "offset", "codes",
+    "rows", "scale", "ids", "leaves", "centroids", "ranking", "leaf_offset", "codewords", "offset",
+    "codes",
 )  # fmt: skip
 # Name in the file: class and its parameters.
 _WEIGHTS: dict[str, tuple[Any, tuple[str, ...]]] = {

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from avq_jax.checks import as_count, as_queries, is_traced
+from avq_jax.mips.direct import DIRECT_QUERIES, bind, bound, host_queries
 from avq_jax.mips.exact import SearchResult
 from avq_jax.mips.exact import _power_of_two as power_of_two
 from avq_jax.mips.filtering import filtered_search, restrict
@@ -22,7 +23,6 @@ from xla_kernels import (
     Implementation,
     PackedTree,
     best_rows,
-    direct_tree_search,
     row_scores,
     tree_search,
 )
@@ -32,9 +32,6 @@ __all__ = ["search", "searcher"]
 # Queries that share one product with the centroids. Always this many, so that a query gets the
 # same bits whatever the batch around it.
 _TILE = 8
-
-# Batches up to this size go to the kernel directly; larger ones use XLA's threads.
-_DIRECT_QUERIES = 8
 
 # Rows beyond k that exact search scores again, for what the product ranks a rounding error apart.
 _SPARE = 64
@@ -144,11 +141,33 @@ def search(
     """
     if not isinstance(index, Index):
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
+    if allowed is None and type(queries) is np.ndarray and implementation in (None, "cpu"):
+        found = _few_from_host(index, queries, k, leaves_to_search, rescore)
+        if found is not None:
+            return found
     rows, single = as_queries(queries, width=index.dim)
     effort = effort_of(index, k, leaves_to_search, rescore, implementation)
     mask = _as_mask(allowed, rows.shape[0], index.num_rows)
     result = _search(index, rows, mask, effort)
     return SearchResult(result.scores[0], result.ids[0]) if single else result
+
+
+def _few_from_host(
+    index: Index, queries: np.ndarray, k: Any, leaves_to_search: Any, rescore: Any
+) -> SearchResult | None:
+    """Search eagerly without JAX's dispatch, which takes longer than a search."""
+    settings = (k, leaves_to_search, rescore)
+    if not all(value is None or type(value) is int for value in settings):
+        return None
+    find = bound(index, settings, lambda: effort_of(index, *settings, None))
+    if find is None:
+        return None
+    rows, single = host_queries(queries, index.dim)
+    found = find(rows) if len(rows) <= DIRECT_QUERIES else None
+    if found is None:
+        return None
+    scores, ids = (a[0] for a in found) if single else found
+    return SearchResult(jnp.asarray(scores), jnp.asarray(ids))
 
 
 @functools.partial(jax.jit, static_argnames="effort")
@@ -310,7 +329,7 @@ def searcher(
         )
         effort = effort._replace(leaves_to_search=leaves)
 
-    direct = _direct(index, effort)
+    direct = bind(index, effort)
 
     @functools.lru_cache(maxsize=64)
     def compiled(b: int) -> Callable:
@@ -318,8 +337,8 @@ def searcher(
         return _search.lower(index, shape, None, effort).compile()
 
     def find(queries: Any) -> SearchResult:
-        rows, single = _host_queries(queries, index.dim)
-        found = direct(rows) if direct is not None and len(rows) <= _DIRECT_QUERIES else None
+        rows, single = host_queries(queries, index.dim)
+        found = direct(rows) if direct is not None and len(rows) <= DIRECT_QUERIES else None
         if found is None:
             found = compiled(len(rows))(index, rows, None)
         scores, ids = np.asarray(found[0]), np.asarray(found[1])
@@ -329,43 +348,3 @@ def searcher(
         return result(scores[0], ids[0]) if single else result(scores, ids)
 
     return find
-
-
-def _host_queries(queries: Any, dim: int) -> tuple[np.ndarray, bool]:
-    if type(queries) is np.ndarray and queries.dtype == np.float32 and queries.flags.c_contiguous:
-        if queries.shape == (dim,):
-            return queries.reshape(1, dim), True
-        if queries.ndim == 2 and queries.shape[1] == dim:
-            return queries, False
-    if is_traced(queries):
-        raise TypeError("a searcher takes concrete queries; inside jit call search instead")
-    rows, single = as_queries(queries, width=dim)
-    return np.ascontiguousarray(rows), single
-
-
-def _direct(index: Index, effort: Effort) -> Callable | None:
-    """The compiled kernel called without JAX between, where it does all that a search does."""
-    if index.tree is None or effort.implementation == "xla" or not index.num_rows:
-        return None
-    if index.metric == "l2" and not effort.rescore:
-        return None
-    run = direct_tree_search(
-        index.tree.packed,
-        k=effort.k,
-        leaves_to_search=effort.leaves_to_search,
-        rescore=effort.rescore,
-        rows=index.store.rows if effort.rescore else None,
-        row_scale=index.store.scale if effort.rescore else None,
-        euclidean=index.metric == "l2",
-    )
-    if run is None or index.metric != "cosine":
-        return run
-
-    def cosine(queries: np.ndarray) -> Any:
-        peak = np.abs(queries).max(axis=1, keepdims=True, initial=0)
-        scaled = queries / np.where(peak > 0, peak, 1)
-        norms = np.sqrt(np.einsum("bd,bd->b", scaled, scaled))
-        with np.errstate(invalid="ignore"):
-            return run(scaled / np.where(norms > 0, norms, 1)[:, None])
-
-    return cosine

@@ -297,3 +297,18 @@ class TestSearcher:
             jax.jit(lambda q: find(q).scores)(queries)
         with pytest.raises(TypeError, match="inside jit call search"):
             jax.jit(lambda i: avq_jax.searcher(i)(queries))(index)
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine", "l2"])
+def test_few_queries_from_the_host_skip_dispatch_and_agree(indexes, queries, metric):
+    index, q = indexes[metric], np.asarray(queries, np.float32)
+    for few in (q[0], q[:3], q[:0]):
+        direct = avq_jax.search(index, few, k=4)
+        traced = jax.jit(lambda i, q: avq_jax.search(i, q, k=4))(index, few)
+        assert isinstance(direct.ids, jax.Array)
+        np.testing.assert_array_equal(direct.ids, traced.ids)
+        np.testing.assert_allclose(direct.scores, traced.scores, rtol=1e-6)
+    with pytest.raises(ValueError, match="k must be"):
+        avq_jax.search(index, q[0], k=0)
+    with pytest.raises(ValueError, match=str(index.dim)):
+        avq_jax.search(index, q[0, :-1], k=4)

@@ -54,7 +54,7 @@ class PackedTree(NamedTuple):
 
 
 def centroid_tiles(centroids: Any) -> tuple[np.ndarray, np.float32]:
-    """Vectors of leaves in 16-bit integers, sixteen leaves and two columns side by side, and their scale.
+    """Vectors of leaves in 16-bit integers, sixteen leaves by two columns, and their scale.
 
     Example:
       >>> tiles, scale = centroid_tiles(np.ones((3, 5), np.float32))
