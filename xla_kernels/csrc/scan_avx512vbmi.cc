@@ -174,7 +174,8 @@ __attribute__((always_inline)) inline void scan_dwords(const Codes& codes, const
 template <int kQueries, int kBlocks, bool kAffine>
 void range_dwords(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
                   int64_t next, const ScanQuery* queries) {
-  const int64_t ahead = kPrefetchBytes / (64 * codes.groups) + 1;
+  // Codes of no subspaces fill no bytes.
+  const int64_t ahead = kPrefetchBytes / (64 * codes.groups + 1) + 1;
   const auto soon = [&](int64_t i) {
     const int64_t later = i + ahead;
     return codes.block(later < end ? later : next + (later - end));
