@@ -26,6 +26,11 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[test]"
 	@touch $@ $(VENV)/.demo
 
+# Extras of the package as it is installed: nothing is built again.
+$(VENV)/.models: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet "avq-jax[models]"
+	@touch $@
+
 demo: $(VENV)/.demo
 	$(BIN)/python -m avq_jax.demo
 
@@ -37,7 +42,7 @@ lint: $(VENV)/.test
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full" --durations 10
 
-test-full: $(VENV)/.test
+test-full: $(VENV)/.models
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m full --durations 10
 
 sanitize: $(VENV)/.test

@@ -240,7 +240,7 @@ def test_with_optax():
 @promoting
 @pytest.mark.full
 def test_in_a_flax_nnx_module():
-    nnx = pytest.importorskip("flax.nnx")
+    nnx = pytest.importorskip("flax.nnx", reason="without the extra models: no flax")
 
     class Autoencoder(nnx.Module):
         def __init__(self):
@@ -268,7 +268,7 @@ def test_in_a_flax_nnx_module():
 @promoting
 @pytest.mark.full
 def test_in_an_equinox_module():
-    eqx = pytest.importorskip("equinox")
+    eqx = pytest.importorskip("equinox", reason="without the extra models: no equinox")
 
     class Autoencoder(eqx.Module):
         encoder: jax.Array
