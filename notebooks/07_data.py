@@ -153,10 +153,13 @@ for name, (x, _) in sets.items():
 # ## What the loss gains on each
 #
 # Product codes of the same size under both losses, scored exhaustively without rescoring. Each row
-# has its own $h_\parallel$ and $h_\perp$ by its norm, which matters where norms vary. Theorem 3.2
-# assumes queries spread evenly over the sphere. The gain is largest where that is nearly so; where
-# few dimensions hold the variance, queries leave the sphere for a few directions, and $\eta$, which
-# follows d, is set for more dimensions than there are.
+# has its own $h_\parallel$ and $h_\perp$ by its norm, which matters where norms vary.
+#
+# Figure 5 alone does not tell who gains. Theorem 3.2 asks for queries spread evenly over the sphere;
+# what comes close enough to it are unit rows searched by queries like them, words and sentences,
+# but also SIFT with its correlated dimensions. Item factors searched by users are another
+# case: norms vary, queries are no rows, and T from the median norm can be too strong. Where queries
+# are known, `query_terms` puts them into the loss, and a smaller T is the safe choice.
 
 # %%
 gains = {}
