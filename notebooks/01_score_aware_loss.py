@@ -96,7 +96,7 @@ across = jax.random.normal(jax.random.key(1), (d,))
 across = across - (across @ x) * x
 across = 0.1 * across / jnp.linalg.norm(across)
 
-draws = 500_000 if SIZE == "tiny" else 2_000_000
+draws = 400_000 if SIZE == "tiny" else 2_000_000
 q = jax.random.normal(jax.random.key(2), (draws, d))
 q = q / jnp.linalg.norm(q, axis=1, keepdims=True)
 weight = avq_jax.Threshold(T)
@@ -137,7 +137,7 @@ assert abs(avq_jax.eta(avq_jax.Threshold(0.0), 1.0, dim=24) - 1) < 1e-5
 # below 1, which Theorem 3.3 forbids; this package uses the exact value by default.
 
 # %%
-dims = np.unique(np.geomspace(2, 1000, 8 if SIZE == "tiny" else 40).astype(int))
+dims = np.unique(np.geomspace(2, 1000, 3 if SIZE == "tiny" else 40).astype(int))
 T = 0.2
 ratio = [float(avq_jax.eta(avq_jax.Threshold(T), 1.0, dim=int(k))) / (k - 1) for k in dims]
 limit = float(avq_jax.eta_limit(T, 1.0, dim=2))

@@ -41,7 +41,8 @@ from avq_jax.evaluation import glove_50d, read_hdf5, split_queries
 
 SIZE = os.environ.get("AVQ_SIZE", "small")  # "tiny" only proves that every cell runs
 FILE = os.environ.get("AVQ_DATASET")  # an ann-benchmarks HDF5 file, used whole
-ROWS, QUERIES = {"tiny": (2_000, 50), "small": (10_000, 1_000)}[SIZE]
+ROWS, QUERIES = {"tiny": (500, 20), "small": (10_000, 1_000)}[SIZE]
+ITERATIONS = 2 if SIZE == "tiny" else 25
 LEARNED = 100_000  # rows that codebooks are learned on, at most
 
 
@@ -74,8 +75,9 @@ def constant(eta, rows=n):
 
 def learn(m, eta):
     state, _ = avq_jax.fit(
-        jax.random.key(0), sample, constant(eta, len(sample)), num_subspaces=m, progress=False
-    )
+        jax.random.key(0), sample, constant(eta, len(sample)), num_subspaces=m,
+        num_iterations=ITERATIONS, progress=False,
+    )  # fmt: skip
     return state.codebook
 
 
@@ -95,6 +97,7 @@ def measure(codec, eta):
 # Subspaces of equal width, a code of four bits each: about one bit a column, and two.
 DIVISORS = [m for m in range(1, d // 2 + 1) if d % m == 0]
 LOW, HIGH = max(m for m in DIVISORS if m <= d // 4), DIVISORS[-1]
+CODES = [LOW] if SIZE == "tiny" else [LOW, HIGH]
 
 # %% [markdown]
 # ## Figure 3a: recall 1@10 over the threshold T
@@ -106,10 +109,12 @@ LOW, HIGH = max(m for m in DIVISORS if m <= d // 4), DIVISORS[-1]
 # %%
 grid = [0.1, 0.3] if SIZE == "tiny" else [0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5]
 etas = [float(avq_jax.eta(avq_jax.Threshold(T), 1.0, dim=d)) for T in grid]
-plain = {m: learn(m, 1.0) for m in (LOW, HIGH)}
-figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+plain = {m: learn(m, 1.0) for m in CODES}
+figure, axes = plt.subplots(
+    1, len(CODES), figsize=(5 * len(CODES), 3.8), layout="constrained", squeeze=False
+)
 at_best = {}
-for m, panel in zip((LOW, HIGH), axes, strict=True):
+for m, panel in zip(CODES, axes[0], strict=True):
     base = measure(plain[m], 1.0)[0][9]
     encoded = [measure(plain[m], eta)[0][9] for eta in etas]
     learned = {eta: learn(m, eta) for eta in etas}
@@ -122,7 +127,7 @@ for m, panel in zip((LOW, HIGH), axes, strict=True):
     panel.grid(alpha=0.3)
     print(f"{4 * m} bits, 1@10: reconstruction {base:.3f}, best T encoding {max(encoded):.3f}, "
           f"best T joint {max(joint):.3f}")  # fmt: skip
-axes[0].legend(fontsize=8)
+axes[0, 0].legend(fontsize=8)
 if SIZE != "tiny":
     assert all(joint > base for base, _, joint in at_best.values())
 
@@ -136,7 +141,7 @@ if SIZE != "tiny":
 # %%
 T = avq_jax.default_threshold(np.ones(n), dim=d)
 ETA = float(avq_jax.eta(avq_jax.Threshold(T), 1.0, dim=d))
-sizes = [LOW, HIGH] if SIZE == "tiny" else DIVISORS[-4:]
+sizes = CODES if SIZE == "tiny" else DIVISORS[-4:]
 aware = {m: learn(m, ETA) for m in sizes}
 plain |= {m: learn(m, 1.0) for m in sizes if m not in plain}
 error = {
@@ -166,6 +171,9 @@ if SIZE != "tiny":
 # %%
 def peers(m):
     """Decoded rows of FAISS codecs, and ids of ScaNN, of 4 m bits; what is missing is told."""
+    if SIZE == "tiny":
+        print("skipped at this size: FAISS and ScaNN")
+        return
     try:
         import faiss
     except ImportError:
@@ -203,8 +211,10 @@ def ours(m):
     yield "additive + scale", avq_jax.fit_scale(codec, sample, constant(ETA, len(sample))), ETA
 
 
-figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-for m, panel in zip((LOW, HIGH), axes, strict=True):
+figure, axes = plt.subplots(
+    1, len(CODES), figsize=(5.5 * len(CODES), 4.2), layout="constrained", squeeze=False
+)
+for m, panel in zip(CODES, axes[0], strict=True):
     curves = {label: measure(codec, eta)[0] for label, codec, eta in ours(m)}
     for label, result in peers(m):
         if result.dtype == np.int64:  # ids, scored by ScaNN itself
@@ -218,7 +228,7 @@ for m, panel in zip((LOW, HIGH), axes, strict=True):
         panel.plot(np.arange(1, 101), curve, linestyle="--" if dashed else "-", label=label)
     panel.set(xscale="log", xlabel="N", ylabel="recall 1@N", title=f"{4 * m} bits, d = {d}")
     panel.grid(alpha=0.3, which="both")
-axes[0].legend(fontsize=8)
+axes[0, 0].legend(fontsize=8)
 
 # %% [markdown]
 # ## Weight functions

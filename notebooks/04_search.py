@@ -46,7 +46,7 @@ from avq_jax.evaluation import glove_50d, read_hdf5, split_queries
 
 SIZE = os.environ.get("AVQ_SIZE", "small")  # "tiny" only proves that every cell runs
 FILE = os.environ.get("AVQ_DATASET")  # an ann-benchmarks HDF5 file, used whole
-ROWS, QUERIES = {"tiny": (2_000, 50), "small": (20_000, 1_000)}[SIZE]
+ROWS, QUERIES = {"tiny": (500, 20), "small": (20_000, 1_000)}[SIZE]
 
 
 def unit(x):
@@ -89,6 +89,8 @@ print(f"weight {index.weight}; {index.code_bytes:.0f} bytes a code; {index.bytes
 
 # %%
 probes = [p for p in (1, 2, 4, 8, 16, 32, 64, 128, 256) if p < LEAVES] + [LEAVES]
+if SIZE == "tiny":
+    probes = [2, LEAVES]
 rescored = [0, 20] if SIZE == "tiny" else [0, 20, 50, 100]
 figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
 recall = {}
@@ -126,7 +128,8 @@ for row in range(len(queries)):
 
 # %%
 def ours():
-    for probe, rescore in ((1, 10), (1, 20), (2, 20), (3, 30), (5, 40), (8, 50), (14, 70), (25, 100)):
+    settings = [(1, 10), (1, 20), (2, 20), (3, 30), (5, 40), (8, 50), (14, 70), (25, 100)]
+    for probe, rescore in settings[2:3] if SIZE == "tiny" else settings:
         if probe < LEAVES:
             yield avq_jax.searcher(index, k=10, leaves_to_search=probe, rescore=rescore)
 

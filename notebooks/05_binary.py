@@ -43,7 +43,7 @@ from avq_jax.evaluation import glove_50d, read_hdf5, split_queries
 
 SIZE = os.environ.get("AVQ_SIZE", "small")  # "tiny" only proves that every cell runs
 FILE = os.environ.get("AVQ_DATASET")  # an ann-benchmarks HDF5 file, used whole
-ROWS, QUERIES = {"tiny": (2_000, 50), "small": (10_000, 1_000)}[SIZE]
+ROWS, QUERIES = {"tiny": (500, 20), "small": (10_000, 1_000)}[SIZE]
 
 
 def unit(x):
@@ -103,7 +103,7 @@ else:
 # ## Table 2
 
 # %%
-BITS, STEPS = {"tiny": ([64], 100), "small": ([64, 128], 1_000)}[SIZE]
+BITS, STEPS = {"tiny": ([64], 20), "small": ([64, 128], 1_000)}[SIZE]
 if FILE:
     BITS, STEPS = [64, 128, 256], 2_000
 FEW = 100_000  # rows learned on, at most
@@ -128,7 +128,7 @@ for data_name, (base, asked, exact) in sets.items():
     print(f"\n{data_name}, T = {T:.3f}, eta = {eta:.2f}")
     print(f"{'bits':>5} {'method':28}" + "".join(f"{m:>8}" for m in measures))
     for bits in BITS:
-        for refine in (0, 10):
+        for refine in (0,) if SIZE == "tiny" else (0, 10):
             for loss in ("reconstruction", "score-aware"):
                 ones = np.ones(len(base), np.float32)
                 scaling = avq_jax.Scaling(eta * ones if loss == "score-aware" else ones, ones)

