@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint sanitize readme clean help
+.PHONY: demo test test-full lint sanitize readme notebooks docs clean help
 
 help:
 	@echo "make demo       learn, index and search real word vectors (about 3 minutes)"
@@ -11,6 +11,8 @@ help:
 	@echo "make test-full  the longer tests"
 	@echo "make lint       lint and types alone"
 	@echo "make sanitize   random shapes through the C++ core under ASan and UBSan"
+	@echo "make notebooks  run the notebooks; DATASET=FILE.hdf5 for the full size"
+	@echo "make docs       the documentation site, notebooks run (about 10 minutes on two cores)"
 	@echo "make readme     write the README's tables from benchmarks/results"
 	@echo "make clean      remove the environment and caches"
 
@@ -50,6 +52,26 @@ sanitize: $(VENV)/.test
 		-DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 	cmake --build build/sanitize --target xla_kernels_check --parallel 2
 	build/sanitize/xla_kernels_check
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	@touch $@
+
+NOTEBOOKS := $(wildcard notebooks/0*.py)
+COMMIT = $(shell git describe --always --dirty)
+DATASET ?=
+
+notebooks: $(VENV)/.docs
+	mkdir -p out/notebooks
+	for source in $(NOTEBOOKS); do \
+		AVQ_DATASET=$(abspath $(DATASET)) $(BIN)/jupytext --to ipynb --execute --quiet \
+			--update-metadata '{"avq_jax": {"commit": "$(COMMIT)"}}' \
+			--output out/notebooks/$$(basename $$source .py).ipynb $$source || exit 1; \
+	done
+
+# Warnings are errors; a public name without a docstring too. AVQ_DOCS_EXECUTE=off is quick.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
 readme:
 	$(PYTHON) benchmarks/report.py

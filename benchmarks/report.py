@@ -10,6 +10,8 @@ import pathlib
 import sys
 from collections.abc import Callable
 
+import paper
+
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -215,16 +217,22 @@ TABLES: dict[str, Callable[[dict], str]] = {
 }
 
 
+def _between(text: str, name: str, table: str) -> str:
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if begin not in text:
+        return text
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+
+
 def render(text: str) -> str:
     """The README with every table between its markers replaced."""
+    if all((RESULTS / f"{name}.json").exists() for name in paper.RESULTS_USED):
+        text = _between(text, "paper", paper.table(RESULTS))
     for name, table in TABLES.items():
         file = RESULTS / f"{name}.json"
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if not file.exists() or begin not in text:
-            continue
-        head, rest = text.split(begin)
-        tail = rest.split(end)[1]
-        text = f"{head}{begin}\n{table(json.loads(file.read_text()))}\n{end}{tail}"
+        if file.exists():
+            text = _between(text, name, table(json.loads(file.read_text())))
     return text
 
 

@@ -199,7 +199,7 @@ def eta_limit(
         dim: d, a Python integer >= 1.
 
     Returns:
-        Float32 (float64 for float64 norms), of the broadcast shape. |c| is clipped at 1 - 2^-20
+        Float32 (float64 for float64 norms), of the broadcast shape. ``|c|`` is clipped at 1 - 2^-20
         and a zero row has 1, with zero gradient; d = 1 gives 0.
 
     Raises:
