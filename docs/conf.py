@@ -96,9 +96,9 @@ def undocumented(module):
             for part, member in vars(value).items():
                 shown = inspect.isfunction(member) or isinstance(member, property)
                 generated = part in getattr(value, "_fields", ()) or part in ("_replace", "_asdict")
-                if shown and not part.startswith("_") and not generated:
-                    if not inspect.getdoc(member):
-                        yield f"{module.__name__}.{name}.{part}"
+                named = shown and not part.startswith("_") and not generated
+                if named and not inspect.getdoc(member):
+                    yield f"{module.__name__}.{name}.{part}"
 
 
 def home(package, name):
@@ -107,9 +107,10 @@ def home(package, name):
     if inspect.isclass(value) or inspect.isroutine(value) or hasattr(value, "__wrapped__"):
         return package
     for module_name, module in sorted(sys.modules.items()):
-        if module_name.startswith(f"{package}.") and getattr(module, name, None) is value:
-            if re.search(rf"^{name}\b.*=", inspect.getsource(module), re.M):
-                return module_name
+        if not module_name.startswith(f"{package}.") or getattr(module, name, None) is not value:
+            continue
+        if re.search(rf"^{name}\b.*=", inspect.getsource(module), re.M):
+            return module_name
     return package
 
 
@@ -131,7 +132,7 @@ def write_reference():
             value = getattr(module, name.rpartition(".")[2])
             if inspect.isclass(value):
                 lines += [f".. autoclass:: {name}", "   :members:", ""]
-            elif inspect.isroutine(value) or callable(value) and hasattr(value, "__wrapped__"):
+            elif inspect.isroutine(value) or (callable(value) and hasattr(value, "__wrapped__")):
                 lines += [f".. autofunction:: {name}", ""]
             else:
                 lines += [f".. autodata:: {name}", ""]

@@ -325,11 +325,10 @@ def _build_tree(
         leaves = balanced_leaves(x, centroids, prices, balance=balance)
     if metric != "l2" and num_leaves > 1:
         # Ranks leaves better. Residuals are coded from the means, which leaves less to code.
-        leaves = nearest_centroids(x, centroids) if leaves is None else leaves
-        near = leaves[picked]
+        near = nearest_centroids(sample, centroids) if leaves is None else leaves[picked]
         ranking = anisotropic_centroids(sample, near, centroids, eta=_CENTROID_ETA)
-        if spherical:  # back to means, from directions
-            centroids = anisotropic_centroids(sample, near, centroids, eta=1.0)
+        leaves = nearest_centroids(x, ranking) if leaves is None else leaves
+        centroids = anisotropic_centroids(sample, leaves[picked], centroids, eta=1.0)
     if leaves is None:
         leaves = nearest_centroids(x, centroids)
     center = np.asarray(centroids)

@@ -83,8 +83,8 @@ def place(
     def rank(args: Any) -> Array:
         x, first = args
         if first is None:
-            score = jnp.matmul(x, packed.centroids.T, precision="highest")
-            score = score - 0.5 * jnp.sum(packed.centroids**2, axis=1)[None, :]
+            score = jnp.matmul(x, tree.ranking.T, precision="highest")
+            score = score - 0.5 * jnp.sum(tree.ranking**2, axis=1)[None, :]
         else:
             score = -spill_losses(x, first, packed.centroids, soar_lambda).T
         return jax.lax.top_k(score, choices)[1].astype(jnp.int32)

@@ -168,7 +168,7 @@ def build_to_disk(
         shapes = _shapes(n, d, m, num_codewords, copies, metric, rescore_dtype)
 
         def encoded(x: np.ndarray) -> dict[str, np.ndarray]:
-            return _encoded(x, center, book, weight, metric, rescore_dtype, soar_lambda)
+            return _encoded(x, center, ranking, book, weight, metric, rescore_dtype, soar_lambda)
 
         with contextlib.ExitStack() as stack:
             parts = {
@@ -303,14 +303,14 @@ def _learn(
 
 
 def _encoded(
-    x: np.ndarray, center: np.ndarray, book: Codebook, weight: Any, metric: str, kind: Any,
-    soar_lambda: float | None,
+    x: np.ndarray, center: np.ndarray, ranking: np.ndarray, book: Codebook, weight: Any,
+    metric: str, kind: Any, soar_lambda: float | None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """What the files hold of a chunk, by tensor."""
     norms = np.asarray(row_norms(x))
     norms = (norms > 0).astype(np.float32) if metric == "cosine" else norms
     terms = _loss_terms(weight, norms, x, metric)
-    leaves = [nearest_centroids(x, jnp.asarray(center))]
+    leaves = [nearest_centroids(x, jnp.asarray(ranking if len(ranking) else center))]
     if soar_lambda is not None and len(center) > 1:
         leaves.append(spilled_leaves(x, leaves[0], jnp.asarray(center), soar_lambda=soar_lambda))
     pairs = [_encode_leaves(x, each, center, book, terms, metric, False) for each in leaves]

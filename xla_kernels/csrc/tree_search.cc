@@ -104,7 +104,7 @@ struct Visit {
 struct Scratch {
   std::vector<Search> searches;
   std::vector<uint64_t> best, found;
-  std::vector<int32_t> slots;
+  std::vector<int32_t> slots, estimates, table;
   std::vector<int64_t> begins;
   std::vector<Visit> visits;
   std::vector<ScanQuery> batch;
@@ -128,8 +128,12 @@ class Worker {
         table_floats_((a.codes.num_subspaces * a.num_codewords + 15) / 16 * 16),
         tiles_((a.num_leaves + 15) / 16),
         pairs_((a.dim + 1) / 2),
+        // With as many slots, rows lie in two leaves each. Second copies must not take the places of
+        // few candidates; among many they cost less than it takes to find them.
+        spilled_(a.rescore > 0 && a.rescore < 3 * a.k && a.codes.num_rows >= 2 * a.num_rows),
         // Without rescoring the byte tables choose a few more than k for the float tables to rank.
-        kept_(std::min(a.rescore > 0 ? a.rescore : 2 * a.k + 32, a.codes.num_rows)) {}
+        kept_(std::min(a.rescore > 0 ? (spilled_ ? 2 : 1) * a.rescore : 2 * a.k + 32,
+                       a.codes.num_rows)) {}
 
   int64_t kept() const { return kept_; }
 
@@ -356,9 +360,11 @@ class Worker {
         c.size > kept_ ? kth_largest(c.low, c.size, kept_, 0, scan_.count) : INT32_MIN;
     const size_t begin = scratch_.slots.size();
     scratch_.slots.resize(begin + static_cast<size_t>(c.size) + 1);
+    if (spilled_) scratch_.estimates.resize(static_cast<size_t>(c.size) + 1);
     size_t end = begin;
     for (int64_t i = 0; i < c.size; ++i) {
       scratch_.slots[end] = c.rows[i];
+      if (spilled_) scratch_.estimates[end - begin] = c.low[i];
       end += c.low[i] >= bar;
     }
     if (a_.rescore > 0) {
@@ -366,12 +372,44 @@ class Worker {
       for (size_t i = begin; i < end; ++i) {
         const int32_t row = a_.slot_rows[scratch_.slots[i]];
         scratch_.slots[kept] = row;
+        if (spilled_) scratch_.estimates[kept - begin] = scratch_.estimates[i - begin];
         // A row number beyond the store is a corrupt index: never read there.
         kept += row >= 0 && row < a_.num_rows;
       }
-      end = kept;
+      end = spilled_ ? begin + distinct(scratch_.slots.data() + begin, kept - begin) : kept;
     }
     scratch_.slots.resize(end);
+  }
+
+  // The best `rescore` of the rows, each once, by the better estimate of its copies.
+  size_t distinct(int32_t* rows, size_t count) {
+    size_t places = 16;
+    while (places < 2 * count) places *= 2;
+    std::vector<int32_t>& table = scratch_.table;
+    table.assign(places, -1);
+    int32_t* estimates = scratch_.estimates.data();
+    size_t size = 0;
+    for (size_t i = 0; i < count; ++i) {
+      const int32_t row = rows[i], estimate = estimates[i];
+      size_t at = (static_cast<uint32_t>(row) * 2654435761u) & (places - 1);
+      while (table[at] >= 0 && rows[table[at]] != row) at = (at + 1) & (places - 1);
+      if (table[at] >= 0) {
+        estimates[table[at]] = std::max(estimates[table[at]], estimate);
+        continue;
+      }
+      table[at] = static_cast<int32_t>(size);
+      rows[size] = row;
+      estimates[size++] = estimate;
+    }
+    if (static_cast<int64_t>(size) <= a_.rescore) return size;
+    const int32_t bar =
+        kth_largest(estimates, static_cast<int64_t>(size), a_.rescore, 0, scan_.count);
+    size_t kept = 0;
+    for (size_t i = 0; i < size; ++i) {
+      rows[kept] = rows[i];
+      kept += estimates[i] >= bar;
+    }
+    return kept;
   }
 
   void keep(float score, int32_t row) {
@@ -457,7 +495,9 @@ class Worker {
   Scratch& scratch_;
   const Kernels& scan_;
   const TreeKernels& tree_;
-  int64_t stride_, rounded_bytes_, expanded_bytes_, table_floats_, tiles_, pairs_, kept_;
+  int64_t stride_, rounded_bytes_, expanded_bytes_, table_floats_, tiles_, pairs_;
+  bool spilled_;
+  int64_t kept_;
 };
 
 }  // namespace
