@@ -14,7 +14,6 @@ bfloat16's digits. Compiled for TPUs, never run on one: see ``make aot``.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from .bins import best_of, bins_for, fold_mask, merge_blocks, results
 
 _LANES = 128
 # Bytes of decoded columns in fast memory.
@@ -35,7 +36,7 @@ _BLOCKS = 8
 class Sizes(NamedTuple):
     """Points decoded together, queries multiplied together, and queries kept in fast memory."""
 
-    points: int = 4096
+    points: int = 8192
     queries: int = 128
     batch: int = 256
 
@@ -49,32 +50,9 @@ def sizes_for(device_kind: str) -> Sizes:
 
     Example:
       >>> sizes_for("TPU v5 lite")
-      Sizes(points=4096, queries=128, batch=256)
+      Sizes(points=8192, queries=128, batch=256)
     """
     return SIZES.get(device_kind, Sizes())
-
-
-def expected_recall(k: int, bins: int) -> float:
-    """Share of the best k rows found by keeping one a bin: ``L (1 - (1 - 1/L)^k) / k``.
-
-    Example:
-      >>> round(expected_recall(10, 128), 3)
-      0.966
-    """
-    return -bins * math.expm1(k * math.log1p(-1 / bins)) / k if bins > 1 else 1 / k
-
-
-def bins_for(k: int, recall_target: float) -> int:
-    """Fewest bins, 128 times a power of two, whose expected recall is at least the target.
-
-    Example:
-      >>> bins_for(10, 0.95), bins_for(100, 0.95)
-      (128, 1024)
-    """
-    bins = _LANES
-    while expected_recall(k, bins) < recall_target:
-        bins *= 2
-    return bins
 
 
 def pack_words(codewords: jax.Array) -> jax.Array:
@@ -318,48 +296,23 @@ def top_k(
     sizes = sizes or Sizes()
     n = columns.shape[1]
     usable = jnp.isfinite(queries).all(axis=(1, 2))
-    packed = pack_queries(queries)
+    offset, valid = fold_mask(offset, valid)
     words = None if codewords is None else pack_words(codewords)
-    if valid is not None and valid.shape[0] == 1:
-        offset = jnp.where(valid[0], 0.0 if offset is None else offset, -jnp.inf)
-        valid = None
-    terms = (gain, offset, None if valid is None else valid.astype(jnp.int8))
-    bins = 0
-    if recall_target < 1.0:
-        bins = min(bins_for(k, recall_target), -(-n // _LANES) * _LANES)
-    most = max(_LANES, _TILE_BYTES // (2 * queries.shape[1] * queries.shape[2]) // 128 * 128)
-    points = min(max(sizes.points, bins), 1 << (most.bit_length() - 1), -(-n // _LANES) * _LANES)
-    scan = functools.partial(best_of_bins, packed, words, columns, *terms, interpret=interpret)
-
-    def best(scores: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        found, at = lax.top_k(scores, min(k, scores.shape[1]))
-        return found, jnp.take_along_axis(ids, at, axis=1)
-
-    if 0 < bins <= points:
-        sizes = sizes._replace(points=points // bins * bins)
-        scores, ids = best(*scan(bins=bins, sizes=sizes))
+    most = max(_LANES, _TILE_BYTES // (2 * queries.shape[1] * queries.shape[2]))
+    most = 1 << (most.bit_length() - 1)
+    whole = -(-n // _LANES) * _LANES
+    bins = 0 if recall_target == 1.0 else min(bins_for(k, recall_target), whole)
+    scan = functools.partial(
+        best_of_bins, pack_queries(queries), words, columns, gain, offset, valid, interpret=interpret
+    )
+    if 0 < bins <= most:
+        points = min(max(sizes.points, bins), most, whole) // bins * bins
+        found = best_of(*scan(bins=bins, sizes=sizes._replace(points=points)), k)
     else:
         # Also where there would be more bins than rows in a block.
-        sizes = sizes._replace(points=min(points, 2048))
+        sizes = sizes._replace(points=min(sizes.points, 2048, most, whole))
         steps = -(-n // sizes.points)
         blocks = min(_BLOCKS, steps)
         scan = functools.partial(scan, bins=0, blocks=blocks, sizes=sizes)
-
-        def merge(i: jax.Array, kept: Any) -> Any:
-            new = scan(first=i * blocks)
-            # Kept rows are lower, so they stay first among equals.
-            return best(*(jnp.concatenate(pair, axis=1) for pair in zip(kept, new, strict=True)))
-
-        scores, ids = scan(first=0)
-        if k > scores.shape[1]:
-            pad = ((0, 0), (0, k - scores.shape[1]))
-            scores = jnp.pad(scores, pad, constant_values=-jnp.inf)
-            ids = jnp.pad(ids, pad, constant_values=-1)
-        kept = best(scores, ids)
-        scores, ids = lax.fori_loop(1, -(-steps // blocks), merge, kept)
-    scores = jnp.where(usable[:, None] & (ids >= 0), scores, -jnp.inf)
-    ids = jnp.where(scores > -jnp.inf, ids, -1)
-    # Bins do not follow the rows: the lowest row first among equals.
-    scores, ids = lax.sort((jnp.where(scores == 0, 0.0, -scores), ids), num_keys=2)
-    pad = ((0, 0), (0, k - scores.shape[1]))
-    return jnp.pad(0.0 - scores, pad, constant_values=-jnp.inf), jnp.pad(ids, pad, constant_values=-1)
+        found = merge_blocks(lambda i: scan(first=i * blocks), -(-steps // blocks), k)
+    return results(*found, usable, k)
