@@ -96,12 +96,12 @@ def decode(words_ref: Any, codes_ref: Any, tile_ref: Any) -> None:
         lanes = pl.ds(g, _LANES)
         codes = codes_ref[:, lanes].astype(jnp.int32)
         if words_ref is None:
-            one = jnp.where(codes % 2 == 0, 0x3F80, 0x3F800000)  # 1.0 in the low or the high half
+            one = jnp.where((codes & 1) == 0, 0x3F80, 0x3F800000)  # 1.0 in the low or the high half
         elif words_ref.shape[0] == 2:
             low, upper = codes & (_LANES - 1), codes >= _LANES
         for w in range(words):
             if words_ref is None:
-                found = jnp.where(codes // 2 == w, one, 0)
+                found = jnp.where((codes >> 1) == w, one, 0)
             elif words_ref.shape[0] == 2:
                 found = jnp.where(
                     upper, look_up(words_ref[1, w], low), look_up(words_ref[0, w], low)
