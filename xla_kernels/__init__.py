@@ -1,5 +1,6 @@
 """Kernels for asymmetric distance computation; imports jax and numpy only."""
 
+from .adc.api import FactoredTables as FactoredTables
 from .adc.api import adc_scores as adc_scores
 from .adc.api import adc_top_k as adc_top_k
 from .additive.api import assign_additive_codes as assign_additive_codes

@@ -13,6 +13,8 @@ from . import library
 SIMD_LEVELS = ("avx512vbmi", "avx512bw", "avx2", "neon", "portable")
 
 _NAMES = ("reference", "xla", "cpu")
+#: Kernels of `adc_top_k` for accelerators, and the platform each is for.
+PALLAS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 
 def available_implementations() -> dict[str, Any]:
@@ -35,6 +37,7 @@ def available_implementations() -> dict[str, Any]:
             "reference": True,
             "xla": True,
             "cpu": True if compiled else loaded.reason,
+            **{name: _pallas_reason(name) or True for name in PALLAS},
         },
         "simd": library.simd_level(),
         "simd_levels": {level: library.level_reason(level) or True for level in SIMD_LEVELS},
@@ -42,7 +45,26 @@ def available_implementations() -> dict[str, Any]:
     }
 
 
-def resolve(implementation: str | None) -> str:
+def _pallas_reason(name: str) -> str | None:
+    platform = jax.default_backend()
+    if platform == PALLAS[name]:
+        return None
+    return f"it is for {PALLAS[name]} and the default device is {platform}; interpret=True runs it"
+
+
+def require_pallas(name: str, interpret: Any, operands: Any) -> None:
+    """Check that a Pallas kernel can run on arrays; inside a trace any platform may be meant.
+
+    Raises:
+      ValueError: the kernel would run on another platform than its own.
+    """
+    reason = _pallas_reason(name)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands))
+    if reason and not interpret and not traced:
+        raise ValueError(f"implementation={name!r} cannot run: {reason}")
+
+
+def resolve(implementation: str | None, *, pallas: bool = False) -> str:
     """Turn the argument ``implementation`` into a name, ``"auto"`` where the platform decides.
 
     Raises:
@@ -50,8 +72,11 @@ def resolve(implementation: str | None) -> str:
     """
     if implementation is None:
         return "auto" if library.available() else "xla"
+    if pallas and implementation in PALLAS:
+        return implementation
     if implementation not in _NAMES:
-        raise ValueError(f"implementation must be None or one of {_NAMES}, got {implementation!r}")
+        names = (*_NAMES, *(PALLAS if pallas else ()))
+        raise ValueError(f"implementation must be None or one of {names}, got {implementation!r}")
     if implementation == "cpu" and library.load().handle is None:
         raise ValueError(f"implementation='cpu' cannot run: {library.load().reason}")
     return implementation

@@ -1,9 +1,10 @@
 """Packed codes: the same `uint8[n, m]` codes, laid out for the instruction set that scans them.
 
 Canonical codes have one row a point. A scan wants many points of one subspace side by side, so
-codes are packed once, when an index is loaded, into one of four layouts:
+codes are packed once, when an index is loaded, into one of five layouts:
 
-``columns``  ``uint8[m, n]``: the points on the last axis, for plain XLA.
+``columns``  ``uint8[m, n]``: the points on the last axis, for plain XLA, TPUs and GPUs.
+``nibbles``  ``uint4[m, n]``, at most 16 codewords: the same in half the memory, for TPUs.
 ``dwords``   ``uint8[n/32, m/4, 64]``, at most 16 codewords, for AVX-512 VBMI. A block is 32 points,
              a group 4 subspaces. Byte ``4 v + c`` holds subspace ``c`` of the group, of point
              ``v`` in its low and of point ``16 + v`` in its high nibble: the four codes of a point
@@ -27,7 +28,9 @@ import numpy as np
 
 from . import library
 
-LAYOUTS = ("columns", "dwords", "lanes", "bytes")
+LAYOUTS = ("columns", "nibbles", "dwords", "lanes", "bytes")
+#: Those with the points on the last axis, which no compiled kernel of a CPU reads.
+POINTS_LAST = ("columns", "nibbles")
 _BLOCK = {"dwords": 32, "lanes": 32, "bytes": 64}
 
 
@@ -49,7 +52,7 @@ class PackedCodes:
 
 
 def block_size(layout: str) -> int:
-    """Points in a block of a layout (1 for ``columns``, which has no blocks)."""
+    """Points in a block of a layout (1 for those with the points last, which have no blocks)."""
     return _BLOCK.get(layout, 1)
 
 
@@ -95,7 +98,7 @@ def pack_codes(codes: Any, *, num_codewords: int, layout: str | None = None) -> 
         layout = native_layout(num_codewords)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    if layout in ("dwords", "lanes") and num_codewords > 16:
+    if layout in ("nibbles", "dwords", "lanes") and num_codewords > 16:
         raise ValueError(f"layout {layout!r} holds 16 codewords, got num_codewords={num_codewords}")
     n, m = codes.shape
     return PackedCodes(_pack(codes, layout), n, m, num_codewords, layout)
@@ -122,7 +125,9 @@ def repack_codes(packed: PackedCodes, layout: str) -> PackedCodes:
 def code_columns(codes: jax.Array | PackedCodes) -> jax.Array:
     """Give ``uint8[m, n]`` codes, the points last, of canonical or packed ones."""
     if isinstance(codes, PackedCodes):
-        return codes.data if codes.layout == "columns" else unpack_codes(codes).T
+        if codes.layout in POINTS_LAST:
+            return codes.data.astype(jnp.uint8)
+        return unpack_codes(codes).T
     return codes.T
 
 
@@ -131,8 +136,8 @@ def code_rows(codes: jax.Array | PackedCodes, rows: jax.Array) -> jax.Array:
     if not isinstance(codes, PackedCodes):
         return codes[rows]
     data, m = codes.data, codes.num_subspaces
-    if codes.layout == "columns":
-        return jnp.moveaxis(data[:, rows], 0, -1)
+    if codes.layout in POINTS_LAST:
+        return jnp.moveaxis(data[:, rows], 0, -1).astype(jnp.uint8)
     size = block_size(codes.layout)
     block, point = rows // size, rows % size
     column = np.arange(m)
@@ -167,9 +172,10 @@ def put_code_rows(packed: PackedCodes, rows: jax.Array, codes: jax.Array) -> Pac
       [[0, 0], [0, 0], [7, 8]]
     """
     data, m = packed.data, packed.num_subspaces
-    if packed.layout == "columns":
+    if packed.layout in POINTS_LAST:
         row = jnp.where(rows >= 0, rows, packed.num_rows)
-        return dataclasses.replace(packed, data=data.at[:, row].set(codes.T, mode="drop"))
+        new = codes.T.astype(data.dtype)
+        return dataclasses.replace(packed, data=data.at[:, row].set(new, mode="drop"))
     size = block_size(packed.layout)
     # Beyond the last block nothing is written.
     block = jnp.where(rows >= 0, rows // size, data.shape[0])[:, None]
@@ -195,8 +201,8 @@ def put_code_rows(packed: PackedCodes, rows: jax.Array, codes: jax.Array) -> Pac
 @functools.partial(jax.jit, static_argnames=("layout",))
 def _pack(codes: jax.Array, layout: str) -> jax.Array:
     n, m = codes.shape
-    if layout == "columns":
-        return codes.T
+    if layout in POINTS_LAST:
+        return codes.T.astype(jnp.uint4 if layout == "nibbles" else jnp.uint8)
     size = block_size(layout)
     blocks = -(-n // size)
     if layout == "bytes":
@@ -214,8 +220,8 @@ def _pack(codes: jax.Array, layout: str) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("n", "m", "layout"))
 def _unpack(data: jax.Array, n: int, m: int, layout: str) -> jax.Array:
-    if layout == "columns":
-        return data.T
+    if layout in POINTS_LAST:
+        return data.T.astype(jnp.uint8)
     blocks, groups = data.shape[0], data.shape[1]
     if layout == "bytes":
         return data.transpose(0, 2, 1).reshape(blocks * 64, m)[:n]

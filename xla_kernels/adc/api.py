@@ -21,6 +21,27 @@ class _Options(NamedTuple):
     k: int
     recall_target: float
     implementation: str
+    interpret: Any = False
+
+
+class FactoredTables(NamedTuple):
+    """Tables ``<part m of the query, codeword j of subspace m>`` left as their two factors.
+
+    Accepted wherever tables are. Kernels of accelerators decode rows with them and multiply, with
+    k times fewer operations than tables take; other implementations multiply them out.
+
+    Attributes:
+      queries: ``float[b, d]``, zero-padded to m * s columns where d is less.
+      codewords: ``float[m, k, s]``.
+    """
+
+    queries: Any
+    codewords: Any
+
+    def multiply(self) -> jax.Array:
+        """``float32[b, m, k]`` tables."""
+        queries, codewords = _factors(self)
+        return jnp.einsum("bms,mks->bmk", queries, codewords, precision=lax.Precision.HIGHEST)
 
 
 def adc_scores(
@@ -57,6 +78,8 @@ def adc_scores(
     """
     tables, codes, gain, offset = _checked(tables, codes, gain, offset)
     options = _Options(0, 1.0, implementations.resolve(implementation))
+    if isinstance(tables, FactoredTables):
+        tables = tables.multiply()
     return _adc_scores(options, tables, codes, gain, offset)
 
 
@@ -70,6 +93,7 @@ def adc_top_k(
     valid: Any = None,
     recall_target: Any = 1.0,
     implementation: str | None = None,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Find each query's k best rows, without writing all scores.
 
@@ -77,15 +101,20 @@ def adc_top_k(
     themselves have no gradient.
 
     Args:
-      tables: ``float[b, m, k]``, one lookup table a query; computed in float32.
+      tables: ``float[b, m, k]``, one lookup table a query, or `FactoredTables`; computed in float32.
       codes: ``uint8[n, m]`` or `PackedCodes`.
       k: results a query, at least 1; may exceed n.
       gain: ``float[n]`` or None, factor of a row's sum.
       offset: ``float[n]`` or None, added to a row's sum.
       valid: ``bool[n]`` or ``bool[b, n]`` or None: rows that may be returned.
       recall_target: 1.0 gives exactly the best rows. Below 1, the compiled kernel skips the second
-        look at rows within the rounding of its 8-bit tables (scores stay exact for returned rows).
-      implementation: None (the fastest here), ``"xla"``, ``"cpu"`` or ``"reference"``.
+        look at rows within the rounding of its 8-bit tables (scores stay exact for returned rows);
+        the Pallas kernels keep the best row of each bin, of as many bins as that expected recall
+        takes for rows in random order.
+      implementation: None (the fastest here that is exact), ``"xla"``, ``"cpu"``, ``"reference"``,
+        ``"pallas_tpu"`` or ``"pallas_gpu"``. Those two round factors and tables to bfloat16, so
+        scores are within 4e-3 of the largest; they have never run on a device.
+      interpret: run a Pallas kernel as plain JAX, slowly, where its device is missing.
 
     Returns:
       ``(scores, ids)``, ``float32[b, k]`` descending and ``int32[b, k]``; equal scores lowest row
@@ -111,39 +140,76 @@ def adc_top_k(
     tables, codes, gain, offset = _checked(tables, codes, gain, offset)
     if valid is not None:
         valid = jnp.asarray(valid)
-        shapes = ((codes.shape[0],), (tables.shape[0], codes.shape[0]))
+        shapes = ((codes.shape[0],), (_shape_of(tables)[0], codes.shape[0]))
         if valid.dtype != jnp.bool_ or valid.shape not in shapes:
             raise ValueError(
                 f"valid must be bool[n] or bool[b, n] with (b, n) = {shapes[1]}, "
                 f"got {valid.dtype}{list(valid.shape)}"
             )
         valid = valid.reshape(-1, codes.shape[0]) if codes.shape[0] else None
-    options = _Options(k, float(recall_target), implementations.resolve(implementation))
+    implementation = implementations.resolve(implementation, pallas=True)
+    if implementation in implementations.PALLAS:
+        implementations.require_pallas(implementation, interpret, (tables, codes))
+        if 0 in (*codes.shape, _shape_of(tables)[0]):
+            implementation = implementations.resolve("xla")
+    options = _Options(k, float(recall_target), implementation, interpret)
+    if isinstance(tables, FactoredTables) and implementation not in implementations.PALLAS:
+        tables = tables.multiply()
     return _adc_top_k(options, tables, codes, gain, offset, valid)
 
 
 def _checked(tables: Any, codes: Any, gain: Any, offset: Any) -> tuple[Any, Any, Any, Any]:
-    tables = jnp.asarray(tables)
-    if tables.ndim != 3 or not jnp.issubdtype(tables.dtype, jnp.floating):
-        raise ValueError(f"tables must be float[b, m, k], got {tables.dtype}{list(tables.shape)}")
+    shape = _shape_of(tables)
     if not isinstance(codes, PackedCodes):
         codes = jnp.asarray(codes)
         if codes.ndim != 2 or codes.dtype != jnp.uint8:
             raise ValueError(f"codes must be uint8[n, m], got {codes.dtype}{list(codes.shape)}")
     n, m = codes.shape
-    if tables.shape[1] != m:
-        raise ValueError(f"tables have m={tables.shape[1]} subspaces, codes have m={m}")
-    if not 1 <= tables.shape[2] <= 256:
-        raise ValueError(f"tables must have 1 to 256 codewords, got k={tables.shape[2]}")
-    if isinstance(codes, PackedCodes) and tables.shape[2] != codes.num_codewords:
+    if shape[1] != m:
+        raise ValueError(f"tables have m={shape[1]} subspaces, codes have m={m}")
+    if not 1 <= shape[2] <= 256:
+        raise ValueError(f"tables must have 1 to 256 codewords, got k={shape[2]}")
+    if isinstance(codes, PackedCodes) and shape[2] != codes.num_codewords:
         raise ValueError(
-            f"tables have k={tables.shape[2]} codewords, codes were packed with "
+            f"tables have k={shape[2]} codewords, codes were packed with "
             f"num_codewords={codes.num_codewords}"
         )
     if n > 2**31 - 64:
         raise ValueError(f"codes must have fewer than 2**31 - 64 rows (ids are int32), got n={n}")
     gain, offset = _per_row("gain", gain, n), _per_row("offset", offset, n)
-    return tables.astype(jnp.float32), codes, gain, offset
+    tables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tables)
+    return tables, codes, gain, offset
+
+
+def _shape_of(tables: Any) -> tuple[int, int, int]:
+    """Shape ``(b, m, k)`` of tables, factored or not."""
+    if not isinstance(tables, FactoredTables):
+        kind = jnp.result_type(tables)
+        if jnp.ndim(tables) != 3 or not jnp.issubdtype(kind, jnp.floating):
+            raise ValueError(f"tables must be float[b, m, k], got {kind}{list(jnp.shape(tables))}")
+        return jnp.shape(tables)
+    queries, words = jnp.shape(tables.queries), jnp.shape(tables.codewords)
+    kinds = [jnp.result_type(x) for x in tables]
+    if (
+        len(queries) != 2
+        or len(words) != 3
+        or queries[1] > words[0] * words[2]
+        or not all(jnp.issubdtype(kind, jnp.floating) for kind in kinds)
+    ):
+        raise ValueError(
+            "FactoredTables must be queries float[b, d] and codewords float[m, k, s] with "
+            f"d <= m * s, got {kinds[0]}{list(queries)} and {kinds[1]}{list(words)}"
+        )
+    return queries[0], words[0], words[1]
+
+
+def _factors(tables: FactoredTables) -> tuple[jax.Array, jax.Array]:
+    """Queries ``[b, m, s]`` and codewords ``[m, k, s]``."""
+    b, m, _ = _shape_of(tables)
+    queries = jnp.asarray(tables.queries, jnp.float32)
+    words = jnp.asarray(tables.codewords, jnp.float32)
+    width = m * words.shape[2]
+    return jnp.pad(queries, ((0, 0), (0, width - queries.shape[1]))).reshape(b, m, -1), words
 
 
 def _per_row(name: str, value: Any, n: int) -> jax.Array | None:
@@ -182,7 +248,7 @@ def _adc_scores(
 @functools.partial(jax.jit, static_argnums=0)
 def _adc_top_k(
     options: _Options,
-    tables: jax.Array,
+    tables: Any,
     codes: Any,
     gain: jax.Array | None,
     offset: jax.Array | None,
@@ -197,8 +263,47 @@ def _adc_top_k(
 
     args = (tables, codes, gain, offset)
     stopped = jax.tree.map(lax.stop_gradient, (*args, valid))
-    scores, ids = implementations.choose(options.implementation, compiled, plain, *stopped)
+    if options.implementation in implementations.PALLAS:
+        scores, ids = _pallas_top_k(options, *stopped)
+        if isinstance(tables, FactoredTables):
+            args = (tables.multiply(), codes, gain, offset)
+    else:
+        scores, ids = implementations.choose(options.implementation, compiled, plain, *stopped)
     return _with_derivative(scores, ids, *args), ids
+
+
+def _pallas_top_k(
+    options: _Options, tables: Any, codes: Any, gain: Any, offset: Any, valid: Any
+) -> tuple[jax.Array, jax.Array]:
+    if isinstance(tables, FactoredTables):
+        queries, words = _factors(tables)
+        num_codewords = words.shape[1]
+    else:
+        queries, words, num_codewords = tables, None, tables.shape[2]
+    if isinstance(codes, PackedCodes) and codes.layout == "nibbles":
+        columns = codes.data
+    else:
+        columns = code_columns(codes)
+    # Loaded when it is asked for: Pallas takes a while to import.
+    if options.implementation == "pallas_tpu":
+        from . import pallas_tpu as kernel
+
+        columns = columns.astype(jnp.uint4 if num_codewords <= 16 else jnp.uint8)
+    else:
+        from . import pallas_gpu as kernel
+
+        columns = columns.astype(jnp.uint8)
+    return kernel.top_k(
+        queries,
+        words,
+        columns,
+        gain,
+        offset,
+        valid,
+        k=options.k,
+        recall_target=options.recall_target,
+        interpret=options.interpret,
+    )
 
 
 @jax.custom_jvp

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 
-from ..layout import PackedCodes, native_layout, pack_codes, repack_codes
+from ..layout import POINTS_LAST, PackedCodes, native_layout, pack_codes, repack_codes
 from ..varying import ffi_call
 
 #: `Layout` of csrc/codes.h.
@@ -92,7 +92,7 @@ def adc_top_k(
 def _packed(codes: Any, num_codewords: int) -> PackedCodes:
     if not isinstance(codes, PackedCodes):
         return pack_codes(codes, num_codewords=num_codewords)
-    if codes.layout == "columns":
+    if codes.layout in POINTS_LAST:
         return repack_codes(codes, native_layout(num_codewords))
     return codes
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import library
+from ..layout import POINTS_LAST
 from ..varying import match_varying, varying_axes
 from . import cpu, xla
 from .packed import PackedTree
@@ -148,7 +149,7 @@ def _choose(tree: PackedTree, implementation: str | None, rows: Any, euclidean: 
         raise ValueError(f"implementation must be None, 'xla' or 'cpu'; got {implementation!r}")
     if implementation == "xla":
         return xla.tree_search
-    fits = tree.codes.layout != "columns" and not (
+    fits = tree.codes.layout not in POINTS_LAST and not (
         euclidean and rows is not None and rows.dtype != jnp.float32
     )
     if implementation == "cpu":

@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import library
 from ..adc.cpu import LAYOUT_NUMBERS
+from ..layout import POINTS_LAST
 from .packed import PackedTree
 
 _POINTERS = (
@@ -80,7 +81,7 @@ def direct_tree_search(
     """
     handle = library.load().handle
     platforms = {device.platform for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
-    if handle is None or tree.codes.layout == "columns" or platforms != {"cpu"}:
+    if handle is None or tree.codes.layout in POINTS_LAST or platforms != {"cpu"}:
         return None
     if euclidean and rows is not None and rows.dtype != np.float32:
         return None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..layout import PackedCodes, code_rows, unpack_codes
+from ..layout import POINTS_LAST, PackedCodes, code_rows, unpack_codes
 from .packed import PackedTree
 
 # Slots scored in one step of the scan.
@@ -132,7 +132,7 @@ def _slot_scores(tree: PackedTree, table: jax.Array, blocks: jax.Array) -> jax.A
     a look-up, where gathering all subspaces of a slot at once takes ten times as long.
     """
     size = tree.block
-    if tree.codes.layout == "columns":
+    if tree.codes.layout in POINTS_LAST:
         data = tree.codes.data
         columns = data.reshape(data.shape[0], -1, size)[:, blocks].reshape(data.shape[0], -1)
     else:
