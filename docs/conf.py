@@ -3,12 +3,10 @@
 AVQ_DOCS_EXECUTE=off builds without running the notebooks.
 """
 
-import importlib
 import inspect
 import os
 import pathlib
 import re
-import shutil
 import sys
 
 from sphinx.errors import ExtensionError
@@ -16,6 +14,10 @@ from sphinx.errors import ExtensionError
 import avq_jax
 
 HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import reference  # noqa: E402
+
 ROOT = HERE.parent
 
 project = "avq_jax"
@@ -30,7 +32,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "myst_nb",
 ]
-exclude_patterns = ["conf.py"]
+exclude_patterns = ["conf.py", "reference.py"]
 html_theme = "furo"
 html_title = "avq_jax"
 html_static_path = ["_static"]
@@ -56,105 +58,11 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 toc_object_entries_show_parents = "hide"
 
-PACKAGES = {
-    "loss": ("avq_jax.loss", "The score-aware loss (section 3)"),
-    "quantization": ("avq_jax.quantization", "Codebooks and codes (section 4)"),
-    "mips": ("avq_jax.mips", "The search engine (sections 2 and 5.3)"),
-    "layers": ("avq_jax.layers", "Inside a model"),
-    "serving": ("avq_jax.serving", "Serving"),
-    "evaluation": ("avq_jax.evaluation", "Evaluation (sections 5 and 7.8)"),
-    "xla_kernels": ("xla_kernels", "Kernels"),
-}
-
-
-def public_names(module):
-    """Public names of a package: its ``__all__``, or what it imports from its own modules."""
-    if hasattr(module, "__all__"):
-        return list(module.__all__)
-    return [
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-        and not inspect.ismodule(value)
-        and str(getattr(value, "__module__", "")).startswith(module.__name__)
-    ]
-
-
-def undocumented(module):
-    """Public names of a package, and public methods of its classes, without a docstring."""
-    for name in public_names(module):
-        value = getattr(module, name)
-        # Aliases of types carry the text of the type; they have no docstring of their own.
-        if not (inspect.isclass(value) or callable(value)) or not hasattr(value, "__module__"):
-            continue
-        if not value.__module__.startswith(("avq_jax", "xla_kernels")):
-            continue
-        text = inspect.getdoc(value)
-        if not text or text.startswith(f"{name}("):  # what dataclass and NamedTuple make up
-            yield f"{module.__name__}.{name}"
-        if inspect.isclass(value):
-            for part, member in vars(value).items():
-                shown = inspect.isfunction(member) or isinstance(member, property)
-                generated = part in getattr(value, "_fields", ()) or part in ("_replace", "_asdict")
-                named = shown and not part.startswith("_") and not generated
-                if named and not inspect.getdoc(member):
-                    yield f"{module.__name__}.{name}.{part}"
-
-
-def home(package, name):
-    """Where a name is documented: its package, or for an alias the module that assigns it."""
-    value = getattr(sys.modules[package], name)
-    if inspect.isclass(value) or inspect.isroutine(value) or hasattr(value, "__wrapped__"):
-        return package
-    for module_name, module in sorted(sys.modules.items()):
-        if not module_name.startswith(f"{package}.") or getattr(module, name, None) is not value:
-            continue
-        if re.search(rf"^{name}\b.*=", inspect.getsource(module), re.M):
-            return module_name
-    return package
-
-
-def write_reference():
-    """One page a package: a table of its names, then their docstrings."""
-    missing, described = [], set()
-    for page, (module_name, title) in PACKAGES.items():
-        module = importlib.import_module(module_name)
-        missing += undocumented(module)
-        names = []
-        for name in public_names(module):
-            flat = getattr(avq_jax, name, None) is getattr(module, name)
-            names.append(f"avq_jax.{name}" if flat else f"{home(module_name, name)}.{name}")
-        lines = [title, "=" * len(title), "", inspect.getdoc(module) or "", ""]
-        lines += [".. autosummary::", "   :nosignatures:", ""]
-        lines += [f"   {name}" for name in names] + [""]
-        for name in [name for name in names if name not in described]:
-            described.add(name)
-            value = getattr(module, name.rpartition(".")[2])
-            if inspect.isclass(value):
-                lines += [f".. autoclass:: {name}", "   :members:", ""]
-            elif inspect.isroutine(value) or (callable(value) and hasattr(value, "__wrapped__")):
-                lines += [f".. autofunction:: {name}", ""]
-            else:
-                lines += [f".. autodata:: {name}", ""]
-        write(HERE / "api" / f"{page}.rst", "\n".join(lines))
-    if missing:
-        raise ExtensionError(f"public names without a docstring: {', '.join(missing)}")
-
-
-def write(path, text):
-    """Write a page only where it differs, so that Sphinx does not read it again."""
-    path.parent.mkdir(exist_ok=True)
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
-
 
 def copy_notebooks():
     """Sphinx reads only below this folder."""
     for source in sorted((ROOT / "notebooks").glob("[0-9]*.py")):
-        target = HERE / "notebooks" / source.name
-        target.parent.mkdir(exist_ok=True)
-        if not target.exists() or target.read_text() != source.read_text():
-            shutil.copyfile(source, target)
+        reference.write(HERE / "notebooks" / source.name, source.read_text())
 
 
 def escape_bars(app, what, name, obj, options, lines):
@@ -163,7 +71,7 @@ def escape_bars(app, what, name, obj, options, lines):
         if not line.lstrip().startswith(">>>") and ".. math" not in line:
             parts = re.split(r"(``[^`]*``|:math:`[^`]*`|`[^`]*`)", line)
             lines[i] = "".join(
-                p if p.startswith(("`", ":")) else p.replace("|", r"\|") for p in parts
+                part if part.startswith(("`", ":")) else part.replace("|", r"\|") for part in parts
             )
 
 
@@ -178,7 +86,13 @@ def shorten(app, what, name, obj, options, signature, annotation):
     return (re.sub(r", \*, family='\w+'|\*, family='\w+'", "", signature or ""), annotation)
 
 
-write_reference()
+missing = [
+    name for package, _ in reference.PACKAGES.values() for name in reference.undocumented(package)
+]
+if missing:
+    raise ExtensionError(f"public names without a docstring: {', '.join(missing)}")
+for name, text in reference.pages().items():
+    reference.write(HERE / "api" / f"{name}.rst", text)
 copy_notebooks()
 
 

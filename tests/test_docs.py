@@ -1,7 +1,10 @@
 """What the documentation shows runs; every public name is on a page of the reference."""
 
 import doctest
+import importlib.util
 import re
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,83 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load(DOCS / "reference.py")
+
+
+class TestReference:
+    def test_every_public_name_is_documented(self, reference):
+        for package, _ in reference.PACKAGES.values():
+            assert list(reference.undocumented(package)) == []
+
+    def test_every_public_name_is_on_a_page(self, reference):
+        import avq_jax
+
+        text = "\n".join(reference.pages().values())
+        for name in avq_jax.__all__:
+            assert re.search(rf"auto(class|function):: avq_jax\.{name}$", text, re.M), name
+
+    def test_what_is_not_documented_is_found(self, reference, monkeypatch):
+        module = types.ModuleType("avq_jax_fake")
+        source = """
+import dataclasses
+def told(): "Told."
+def untold(): pass
+@dataclasses.dataclass
+class Untold:
+    x: int
+class Told:
+    "Told."
+    def untold(self): pass
+    @property
+    def silent(self): return 1
+    def _private(self): pass
+"""
+        exec(source, vars(module))
+        for name in ("told", "untold", "Untold", "Told"):
+            getattr(module, name).__module__ = "avq_jax_fake"
+        module.__all__ = ["Told", "Untold", "told", "untold"]
+        monkeypatch.setitem(sys.modules, "avq_jax_fake", module)
+        assert set(reference.undocumented("avq_jax_fake")) == {
+            "avq_jax_fake.Told.silent",
+            "avq_jax_fake.Told.untold",
+            "avq_jax_fake.Untold",
+            "avq_jax_fake.untold",
+        }
+
+
+class TestReadme:
+    def test_its_tables_are_what_the_results_say(self):
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        try:
+            report = load(ROOT / "benchmarks" / "report.py")
+        finally:
+            sys.path.remove(str(ROOT / "benchmarks"))
+        text = (ROOT / "README.md").read_text()
+        assert "<!-- paper: begin -->" in text
+        assert report.render(text) == text
+
+    def test_the_files_it_names_exist(self):
+        text = (ROOT / "README.md").read_text()
+        table = text.partition("<!-- paper: begin -->")[2].partition("<!-- paper: end -->")[0]
+        tests = re.findall(r"`(tests/[\w/.]+)`", table)
+        assert len(tests) > 8
+        assert all((ROOT / name).exists() for name in tests)
+        for row in re.findall(r"^\| .+ \| `.+` \| `.+` \| ([\d, ]+) \|", table, re.M):
+            for number in row.split(", "):
+                assert list((ROOT / "notebooks").glob(f"{number}_*.py")), number
+        for name in re.findall(r"^\| `(\d\d_\w+)` \|", text, re.M):
+            assert (ROOT / "notebooks" / f"{name}.py").exists(), name
 
 
 def blocks(page, language):

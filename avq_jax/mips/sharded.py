@@ -154,7 +154,9 @@ def _part(index: Index, begin: int, end: int) -> PackedTree:
 def _padded_tree(packed: PackedTree, slots: int) -> PackedTree:
     more = slots - packed.slot_rows.shape[0]
     codes = packed.codes
-    axis, blocks = (1, more) if codes.layout in ("columns", "nibbles") else (0, more // packed.block)
+    axis, blocks = (
+        (1, more) if codes.layout in ("columns", "nibbles") else (0, more // packed.block)
+    )
     widths = [(0, 0)] * codes.data.ndim
     widths[axis] = (0, blocks)
     data = np.pad(np.asarray(codes.data), widths)

@@ -60,9 +60,7 @@ def compiled(case: str, device):
     if form == "tables":
         tables = array((B, m, k), jnp.float32)
     else:
-        tables = FactoredTables(
-            array((B, m * s), jnp.float32), array((m, k, s), jnp.float32)
-        )
+        tables = FactoredTables(array((B, m * s), jnp.float32), array((m, k, s), jnp.float32))
 
     @jax.jit
     def run(tables, codes):
@@ -137,9 +135,7 @@ def gpu_figures(dump: pathlib.Path) -> dict:
     return {
         "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
         "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
-        "tensor_core_instructions": len(
-            re.findall(r"wgmma\.mma_async|mma\.sync", ptx.read_text())
-        ),
+        "tensor_core_instructions": len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx.read_text())),
     }
 
 

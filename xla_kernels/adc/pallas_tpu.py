@@ -245,9 +245,7 @@ def best_of_bins(
             num_scalar_prefetch=1,
             grid=(padded // batch, steps),
             in_specs=[spec for _, spec in operands.values()],
-            out_specs=[
-                pl.BlockSpec((batch, bins), lambda i, j, _: (i, 0 if blocks is None else j))
-            ]
+            out_specs=[pl.BlockSpec((batch, bins), lambda i, j, _: (i, 0 if blocks is None else j))]
             * 2,
             scratch_shapes=[pltpu.VMEM((queries.shape[1] // 2, points), jnp.int32)],
         ),
@@ -303,7 +301,14 @@ def top_k(
     whole = -(-n // _LANES) * _LANES
     bins = 0 if recall_target == 1.0 else min(bins_for(k, recall_target), whole)
     scan = functools.partial(
-        best_of_bins, pack_queries(queries), words, columns, gain, offset, valid, interpret=interpret
+        best_of_bins,
+        pack_queries(queries),
+        words,
+        columns,
+        gain,
+        offset,
+        valid,
+        interpret=interpret,
     )
     if 0 < bins <= most:
         points = min(max(sizes.points, bins), most, whole) // bins * bins
