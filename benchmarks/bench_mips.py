@@ -58,7 +58,7 @@ def ours(x, queries, truth, leaves, soar_lambda):
         return avq_jax.searcher(index, k=10, leaves_to_search=probed, rescore=rescore)(q).ids
 
     name = "avq_jax" if soar_lambda is None else f"avq_jax, soar_lambda={soar_lambda:g}"
-    result = curve(name, search, np.asarray(packed.centroids), sizes, queries, truth)
+    result = curve(name, search, np.asarray(index.tree.ranking), sizes, queries, truth)
     memory = index.bytes_per_row.total * len(x)
     return name, {**result, "build_cpu_s": built, "bytes": memory, "settings": repr(index)}
 

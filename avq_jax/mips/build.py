@@ -349,7 +349,8 @@ def _build_tree(
     if soar_lambda is None or len(center) < 2:
         codes, offset = _encode_leaves(x, leaves, center, codebook, terms, metric, progress)
         return pack_tree(centroids, leaves, codebook, codes, offset, ranking=ranking)
-    second = spilled_leaves(x, leaves, centroids, soar_lambda=soar_lambda)
+    vectors = centroids if ranking is None else ranking
+    second = spilled_leaves(x, leaves, vectors, soar_lambda=soar_lambda)
     pairs = [
         _encode_leaves(x, each, center, codebook, terms, metric, progress)
         for each in (leaves, second)

@@ -86,7 +86,7 @@ def place(
             score = jnp.matmul(x, tree.ranking.T, precision="highest")
             score = score - 0.5 * jnp.sum(tree.ranking**2, axis=1)[None, :]
         else:
-            score = -spill_losses(x, first, packed.centroids, soar_lambda).T
+            score = -spill_losses(x, first, tree.ranking, soar_lambda).T
         return jax.lax.top_k(score, choices)[1].astype(jnp.int32)
 
     ranked = _in_steps(rank, (x, first))

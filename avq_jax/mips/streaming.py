@@ -310,9 +310,10 @@ def _encoded(
     norms = np.asarray(row_norms(x))
     norms = (norms > 0).astype(np.float32) if metric == "cosine" else norms
     terms = _loss_terms(weight, norms, x, metric)
-    leaves = [nearest_centroids(x, jnp.asarray(ranking if len(ranking) else center))]
+    vectors = jnp.asarray(ranking if len(ranking) else center)
+    leaves = [nearest_centroids(x, vectors)]
     if soar_lambda is not None and len(center) > 1:
-        leaves.append(spilled_leaves(x, leaves[0], jnp.asarray(center), soar_lambda=soar_lambda))
+        leaves.append(spilled_leaves(x, leaves[0], vectors, soar_lambda=soar_lambda))
     pairs = [_encode_leaves(x, each, center, book, terms, metric, False) for each in leaves]
     codes = np.stack([codes for codes, _ in pairs], axis=1).reshape(-1, book.num_subspaces)
     found = {
