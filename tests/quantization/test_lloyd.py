@@ -88,7 +88,7 @@ def test_directions_and_query_terms(R, separate):
     if R:
         directions = jax.random.normal(jax.random.key(3), (n, R, d))
         options["extra"] = avq_jax.QueryTerms(directions, jnp.ones((n, R)))
-    result = avq_jax.fit(jax.random.key(1), x, scaling, num_subspaces=2, num_codewords=8, **options)
+    result = avq_jax.fit(jax.random.key(1), x, scaling, num_subspaces=3, num_codewords=4, **options)
     check(*result, x, scaling, **options)
 
 
@@ -108,32 +108,33 @@ def test_initialization(method):
     assert float(again.loss) < float(state.loss)
 
 
+# In the shape of `data()` and its sizes: what costs time here is compilation.
 DEGENERATE = {
-    "equal rows": np.tile(np.float32([1, 2, 3, 4]), (40, 1)),
-    "zero rows": np.zeros((40, 4), np.float32),
-    "few distinct rows": np.tile(np.eye(3, 4, dtype=np.float32), (14, 1))[:40],
-    "constant columns": np.concatenate([data(40, 2), np.full((40, 2), 7, np.float32)], axis=1),
-    "rank one": np.linspace(-1, 1, 40, dtype=np.float32)[:, None] * np.float32([1, 2, 3, 4]),
-    "a huge column": data(40, 4) + np.float32([0, 0, 0, 1e4]),
-    "a zero row": np.concatenate([np.zeros((1, 4), np.float32), data(39, 4)]),
-    "one tiny row": np.concatenate([np.full((1, 4), 1e-30, np.float32), data(39, 4)]),
+    "equal rows": np.tile(np.arange(1, 7, dtype=np.float32), (96, 1)),
+    "zero rows": np.zeros((96, 6), np.float32),
+    "few distinct rows": np.tile(np.eye(3, 6, dtype=np.float32), (32, 1)),
+    "constant columns": np.concatenate([data(96, 3), np.full((96, 3), 7, np.float32)], axis=1),
+    "rank one": np.linspace(-1, 1, 96, dtype=np.float32)[:, None] * np.arange(1, 7, dtype="f"),
+    "a huge column": data() + np.float32([0, 0, 0, 0, 0, 1e4]),
+    "a zero row": np.concatenate([np.zeros((1, 6), np.float32), data(95)]),
+    "one tiny row": np.concatenate([np.full((1, 6), 1e-30, np.float32), data(95)]),
 }
 
 
 @pytest.mark.parametrize("name", DEGENERATE)
-@pytest.mark.parametrize("m", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.parametrize("m", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_degenerate_data(name, m):
-    x, scaling = DEGENERATE[name], weights(len(DEGENERATE[name]))
+    x, scaling = DEGENERATE[name], weights(96)
     state, history = avq_jax.fit(
-        jax.random.key(1), x, scaling, num_subspaces=m, num_codewords=8, solver="dense"
+        jax.random.key(1), x, scaling, num_subspaces=m, num_codewords=4, solver="dense"
     )
     check(state, history, x, scaling)
     codes = avq_jax.encode(state.codebook, x, scaling).codes
-    assert int(codes.max()) < 8
+    assert int(codes.max()) < 4
     distinct = len(np.unique(x, axis=0))
     if distinct <= 3:
         assert float(state.loss) <= 1e-9
-        assert history.usage[-1] <= distinct / 8
+        assert history.usage[-1] <= distinct / 4
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -141,7 +142,7 @@ def test_rows_of_zero_weight(share):
     x = data()
     on = jnp.arange(96) >= int(96 * share)
     scaling = avq_jax.Scaling(jnp.where(on, 4.0, 0.0), jnp.where(on, 1.0, 0.0))
-    state, history = avq_jax.fit(jax.random.key(1), x, scaling, num_subspaces=2, num_codewords=8)
+    state, history = avq_jax.fit(jax.random.key(1), x, scaling, num_subspaces=3, num_codewords=4)
     check(state, history, x, scaling)
 
 
