@@ -45,7 +45,7 @@ from avq_jax.evaluation import glove_50d, read_hdf5, split_queries
 SIZE = os.environ.get("AVQ_SIZE", "small")  # "tiny" only proves that every cell runs
 FILE = os.environ.get("AVQ_DATASET")  # an ann-benchmarks HDF5 file, used whole
 ROWS, QUERIES = {"tiny": (500, 20), "small": (10_000, 1_000)}[SIZE]
-ITERATIONS = 2 if SIZE == "tiny" else 25
+ITERATIONS = 2 if SIZE == "tiny" else 20
 
 
 def unit(x):

@@ -41,8 +41,8 @@ from avq_jax.evaluation import glove_50d, read_hdf5, split_queries
 
 SIZE = os.environ.get("AVQ_SIZE", "small")  # "tiny" only proves that every cell runs
 FILE = os.environ.get("AVQ_DATASET")  # an ann-benchmarks HDF5 file, used whole
-ROWS, QUERIES = {"tiny": (500, 20), "small": (10_000, 1_000)}[SIZE]
-ITERATIONS = 2 if SIZE == "tiny" else 25
+ROWS, QUERIES = {"tiny": (500, 20), "small": (5_000, 500)}[SIZE]
+ITERATIONS = {"tiny": 2, "small": 25 if FILE else 8}[SIZE]
 LEARNED = 100_000  # rows that codebooks are learned on, at most
 
 
@@ -107,7 +107,7 @@ CODES = [LOW] if SIZE == "tiny" else [LOW, HIGH]
 # already has $\eta > 1$, as it counts the half of the queries that agree with x.
 
 # %%
-grid = [0.1, 0.3] if SIZE == "tiny" else [0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5]
+grid = [0.1, 0.3] if SIZE == "tiny" else [0.0, 0.1, 0.2, 0.3, 0.4]
 etas = [float(avq_jax.eta(avq_jax.Threshold(T), 1.0, dim=d)) for T in grid]
 plain = {m: learn(m, 1.0) for m in CODES}
 figure, axes = plt.subplots(
@@ -141,7 +141,7 @@ if SIZE != "tiny":
 # %%
 T = avq_jax.default_threshold(np.ones(n), dim=d)
 ETA = float(avq_jax.eta(avq_jax.Threshold(T), 1.0, dim=d))
-sizes = CODES if SIZE == "tiny" else DIVISORS[-4:]
+sizes = CODES if SIZE == "tiny" else DIVISORS[-3:]
 aware = {m: learn(m, ETA) for m in sizes}
 plain |= {m: learn(m, 1.0) for m in sizes if m not in plain}
 error = {
@@ -184,7 +184,7 @@ def peers(m):
             index.train(sample)
             yield f"FAISS {label}", index.sa_decode(index.sa_encode(x))
         lsq = faiss.LocalSearchQuantizer(d, m, 4)
-        lsq.train(sample[:20_000])
+        lsq.train(sample[:20_000] if FILE else sample[:2_000])
         yield "FAISS LSQ", lsq.decode(lsq.compute_codes(x))
     try:
         import scann
@@ -205,7 +205,7 @@ def ours(m):
         return
     codec, _ = avq_jax.fit_additive(
         jax.random.key(0), sample, constant(ETA, len(sample)), num_codebooks=m,
-        num_iterations=8, progress=False,
+        num_iterations=8 if FILE else 3, progress=False,
     )  # fmt: skip
     yield "additive, score-aware", codec, ETA
     yield "additive + scale", avq_jax.fit_scale(codec, sample, constant(ETA, len(sample))), ETA

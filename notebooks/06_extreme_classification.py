@@ -47,7 +47,7 @@ from avq_jax.evaluation import glove_50d
 
 SIZE = os.environ.get("AVQ_SIZE", "small")  # "tiny" only proves that every cell runs
 CLASSES, HIDDEN, STEPS = {
-    "tiny": (500, 32, 20), "small": (5_000, 64, 2_000), "full": (50_000, 256, 8_000)
+    "tiny": (500, 32, 20), "small": (5_000, 64, 1_500), "full": (50_000, 256, 8_000)
 }[SIZE]  # fmt: skip
 NOISE = 0.6  # length of the noise, in lengths of a vector
 
@@ -131,7 +131,7 @@ for share in shares:
     for name, scaling in losses.items():
         state, _ = avq_jax.fit(
             jax.random.key(0), rows, scaling, num_subspaces=m, num_codewords=k,
-            num_iterations=2 if SIZE == "tiny" else 15, progress=False,
+            num_iterations=2 if SIZE == "tiny" else 8, progress=False,
         )  # fmt: skip
         decoded = avq_jax.decode(state.codebook, avq_jax.encode(state.codebook, rows, scaling))
         ids = np.asarray(avq_jax.brute_force(queries, decoded, k=100).ids)

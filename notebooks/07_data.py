@@ -43,7 +43,7 @@ from avq_jax.evaluation import clustered, glove_50d, read_hdf5, split_queries
 
 SIZE = os.environ.get("AVQ_SIZE", "small")  # "tiny" only proves that every cell runs
 FILES = os.environ.get("AVQ_DATASET", "").split(os.pathsep)  # ann-benchmarks HDF5 files, or none
-ROWS, QUERIES = {"tiny": (500, 20), "small": (10_000, 1_000)}[SIZE]
+ROWS, QUERIES = {"tiny": (500, 20), "small": (5_000, 500)}[SIZE]
 if FILES[0]:
     ROWS = 100_000
 
@@ -173,7 +173,7 @@ for name, (x, queries) in sets.items():
     result = []
     for scaling in (None, avq_jax.scaling(weight, norms, dim=d)):
         state, _ = avq_jax.fit(jax.random.key(0), x, scaling, num_subspaces=m,
-                               num_iterations=2 if SIZE == "tiny" else 15, progress=False)  # fmt: skip
+                               num_iterations=2 if SIZE == "tiny" else 8, progress=False)  # fmt: skip
         rows = avq_jax.decode(state.codebook, avq_jax.encode(state.codebook, x, scaling))
         ids = np.asarray(avq_jax.brute_force(queries, rows, k=10).ids)
         result.append(avq_jax.recall_1_at_n(ids, truth, n=10))

@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -95,8 +96,15 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
 
 
+@pytest.fixture
+def compiled_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.full
-def test_snippets_for_users_of_scann_and_faiss():
+def test_snippets_for_users_of_scann_and_faiss(compiled_quickly):
     scope = {}
     found = blocks("coming_from.md", "python")
     assert len(found) > 4
@@ -111,8 +119,7 @@ def test_snippets_for_users_of_scann_and_faiss():
     assert index.num_leaves == 40
 
 
-@pytest.mark.full
-def test_examples_of_errors():
+def test_examples_of_errors(compiled_quickly):
     pages = blocks("errors.md", "pycon")
     assert pages
     test = doctest.DocTestParser().get_doctest("\n".join(pages), {}, "errors.md", "errors.md", 0)
