@@ -101,7 +101,7 @@ def adc_top_k(
     themselves have no gradient.
 
     Args:
-      tables: ``float[b, m, k]``, one lookup table a query, or `FactoredTables`; computed in float32.
+      tables: ``float[b, m, k]``, one lookup table a query, or `FactoredTables`; in float32.
       codes: ``uint8[n, m]`` or `PackedCodes`.
       k: results a query, at least 1; may exceed n.
       gain: ``float[n]`` or None, factor of a row's sum.
@@ -187,7 +187,8 @@ def _shape_of(tables: Any) -> tuple[int, int, int]:
         kind = jnp.result_type(tables)
         if jnp.ndim(tables) != 3 or not jnp.issubdtype(kind, jnp.floating):
             raise ValueError(f"tables must be float[b, m, k], got {kind}{list(jnp.shape(tables))}")
-        return jnp.shape(tables)
+        b, m, k = jnp.shape(tables)
+        return b, m, k
     queries, words = jnp.shape(tables.queries), jnp.shape(tables.codewords)
     kinds = [jnp.result_type(x) for x in tables]
     if (
@@ -285,14 +286,18 @@ def _pallas_top_k(
     else:
         columns = code_columns(codes)
     # Loaded when it is asked for: Pallas takes a while to import.
+    kernel: Any
     if options.implementation == "pallas_tpu":
-        from . import pallas_tpu as kernel
+        from . import pallas_tpu
 
-        columns = columns.astype(jnp.uint4 if num_codewords <= 16 else jnp.uint8)
+        kernel, columns = (
+            pallas_tpu,
+            columns.astype(jnp.uint4 if num_codewords <= 16 else jnp.uint8),
+        )
     else:
-        from . import pallas_gpu as kernel
+        from . import pallas_gpu
 
-        columns = columns.astype(jnp.uint8)
+        kernel, columns = pallas_gpu, columns.astype(jnp.uint8)
     return kernel.top_k(
         queries,
         words,

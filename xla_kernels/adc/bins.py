@@ -50,7 +50,8 @@ def merge_blocks(
     def merge(i: jax.Array, kept: Any) -> Any:
         # Kept rows are lower, so they stay first among equals.
         pairs = zip(kept, scan(i), strict=True)
-        return best_of(*(jnp.concatenate(pair, axis=1) for pair in pairs), k)
+        scores, ids = (jnp.concatenate(pair, axis=1) for pair in pairs)
+        return best_of(scores, ids, k)
 
     scores, ids = scan(0)
     pad = ((0, 0), (0, max(0, k - scores.shape[1])))
