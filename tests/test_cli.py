@@ -6,7 +6,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import h5py
 import jax
@@ -67,9 +66,10 @@ def called(capsys, *words):
 def test_help_is_quick_and_teaches():
     took = []
     for _ in range(2):
-        start = time.perf_counter()
+        before = os.times()
         done = run("--help")
-        took.append(time.perf_counter() - start)
+        after = os.times()
+        took.append(sum(after[2:4]) - sum(before[2:4]))
         assert done.returncode == 0
     assert "avq-jax build glove-100.hdf5" in done.stdout
     assert "exit codes" in done.stdout
@@ -85,8 +85,8 @@ def test_help_is_quick_and_teaches():
         "convert",
     ]:
         assert command in done.stdout
-    # The machine may be busy with other tests; alone it takes half of this.
-    assert min(took) < 1.5 * max(1.0, os.getloadavg()[0])
+    # Processor time of the process: the machine may be busy with other tests.
+    assert 0 < min(took) < 1.5
 
 
 def test_a_session_as_processes(place, tmp_path):
