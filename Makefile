@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint sanitize readme notebooks docs clean help
+.PHONY: demo test test-full lint sanitize aot readme notebooks docs clean help
 
 help:
 	@echo "make demo       learn, index and search real word vectors (about 3 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make sanitize   random shapes through the C++ core under ASan and UBSan"
 	@echo "make notebooks  run the notebooks; DATASET=FILE.hdf5 for the full size"
 	@echo "make docs       the documentation site, notebooks run (about 10 minutes on two cores)"
+	@echo "make aot        compile the Pallas kernels for TPUs and an H100, with none attached (Linux)"
 	@echo "make readme     write the README's tables from benchmarks/results"
 	@echo "make clean      remove the environment and caches"
 
@@ -73,8 +74,17 @@ notebooks: $(VENV)/.docs
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
+# An environment of its own: the compilers of TPUs and GPUs are about 2 GB of wheels.
+.venv-aot/.done:
+	$(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install --quiet "jax[tpu,cuda13]==0.10.2"
+	@touch $@
+
+aot: .venv-aot/.done
+	.venv-aot/bin/python benchmarks/aot/compile.py
+
 readme:
 	$(PYTHON) benchmarks/report.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-aot .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

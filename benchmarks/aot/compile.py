@@ -23,17 +23,22 @@ import tempfile
 HERE = pathlib.Path(__file__).parent
 BASELINE = HERE / "baseline.json"
 TPUS = {
-    "v4": "v4:2x2x1",
     "v5e": "v5e:2x2",
     "v5p": "v5p:2x2x1",
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
+    "v4": "v4:2x2x1",
 }
 # Subspaces, codewords and columns a subspace.
 SHAPES = [(m, k, s) for m, s in ((25, 4), (50, 2), (64, 2)) for k in (16, 256)]
 B, N = 128, 1 << 20
 CASES = [f"{target}/{m}x{k}x{s}/bins" for target in (*TPUS, "h100") for m, k, s in SHAPES]
 CASES += [f"{target}/64x16x2/{form}" for target in ("v5e", "h100") for form in ("exact", "tables")]
+# Few queries: what decoding alone takes.
+CASES += [f"{target}/64x16x2/few" for target in TPUS]
+# The tree in plain XLA, for its memory.
+CASES += ["h100/64x16x2/tree_xla"]
+BATCHES = {"few": 16, "tree_xla": 120}
 TOLERANCE = 0.15
 # What the design promised, of the case it promised it for.
 MOST_BUNDLES = {"v5e/64x16x2/bins": 50.0}
@@ -57,10 +62,35 @@ def compiled(case: str, device):
     narrow = target in TPUS and k <= 16
     data = array((m, N), jnp.uint4 if narrow else jnp.uint8)
     codes = PackedCodes(data, N, m, k, "nibbles" if narrow else "columns")
+    b = BATCHES.get(form, B)
+    if form == "tree_xla":
+        from xla_kernels import PackedTree, tree_search
+
+        leaves, d = 1024, m * s
+        tree = PackedTree(
+            centroids=array((leaves, d), jnp.float32),
+            tiles=array((0, d // 2, 16, 2), jnp.int16),
+            centroid_scale=array((), jnp.float32),
+            leaf_offset=array((0,), jnp.float32),
+            starts=array((leaves + 1,), jnp.int32),
+            codewords=array((m, s, k), jnp.float32),
+            codes=PackedCodes(array((m, N), jnp.uint8), N, m, k, "columns"),
+            slot_offset=array((0,), jnp.float32),
+            slot_rows=array((N,), jnp.int32),
+            usable=array((1, N), jnp.bool_),
+        )
+
+        @jax.jit
+        def search(tree, queries, rows):
+            options = {"k": 10, "leaves_to_search": 30, "rescore": 100, "rows": rows}
+            return tree_search(tree, queries, implementation="xla", **options)
+
+        rows = array((N, d), jnp.bfloat16)
+        return search.lower(tree, array((b, d), jnp.float32), rows).compile()
     if form == "tables":
-        tables = array((B, m, k), jnp.float32)
+        tables = array((b, m, k), jnp.float32)
     else:
-        tables = FactoredTables(array((B, m * s), jnp.float32), array((m, k, s), jnp.float32))
+        tables = FactoredTables(array((b, m * s), jnp.float32), array((m, k, s), jnp.float32))
 
     @jax.jit
     def run(tables, codes):
@@ -101,8 +131,10 @@ def measure(case: str) -> dict:
             topology = topologies.get_topology_desc(TPUS[target], platform="tpu")
         program = compiled(case, topology.devices[0])
         result = {"temp_bytes": program.memory_analysis().temp_size_in_bytes}
-        text = program.as_text()
-        result["scores_of_all_rows"] = bool(re.search(rf"\[{B},{N}\]|\[{N},{B}\]", text))
+        text, b = program.as_text(), BATCHES.get(case.split("/")[-1], B)
+        result["scores_of_all_rows"] = bool(re.search(rf"\[{b},{N}\]|\[{N},{b}\]", text))
+        if "tree_xla" in case:
+            return result
         read = gpu_figures if target == "h100" else tpu_figures
         return result | read(pathlib.Path(dump))
 
@@ -174,6 +206,7 @@ def main() -> None:
     parser.add_argument("--case", help="compile this one here and print the result")
     parser.add_argument("--only", default="", help="cases that begin so")
     parser.add_argument("--write", action="store_true", help="write the baseline")
+    parser.add_argument("--missing", action="store_true", help="only cases not in the baseline")
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measure(options.case)))
@@ -181,6 +214,8 @@ def main() -> None:
     before = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"cases": {}}
     results, failed = dict(before["cases"]), 0
     for case in (case for case in CASES if case.startswith(options.only)):
+        if options.missing and case in before["cases"]:
+            continue
         if installed(case) is None:
             print(f"SKIP {case}: its compiler is not installed", flush=True)
             continue
@@ -196,12 +231,17 @@ def main() -> None:
         wrong = faults(case, results[case], known)
         failed += bool(wrong)
         print("FAIL" if wrong else "ok  ", case, results[case], *wrong, flush=True)
-    if options.write:
-        names = ("jax", "libtpu", "jax-cuda13-plugin")
-        versions = {name: importlib.metadata.version(name) for name in names}
-        text = {"batch": B, "rows": N, "versions": versions, "cases": results}
-        BASELINE.write_text(json.dumps(text, indent=1) + "\n")
+        if options.write:
+            write(results)
     sys.exit(bool(failed))
+
+
+def write(results: dict) -> None:
+    """Write the baseline, after each case: a run takes minutes."""
+    names = ("jax", "libtpu", "jax-cuda13-plugin")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    text = {"batch": B, "rows": N, "versions": versions, "cases": results}
+    BASELINE.write_text(json.dumps(text, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The kernels for accelerators, run as plain JAX on tiny shapes; `make aot` compiles them."""
 
+import functools
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -126,6 +129,27 @@ class TestTpu(Suite):
 
 class TestGpu(Suite):
     implementation = "pallas_gpu"
+
+
+class TestExport:
+    """A smoke test: lowering alone also passes what a device's compiler would refuse."""
+
+    @pytest.mark.parametrize(("name", "platform"), [("tpu", "tpu"), ("gpu", "cuda")])
+    @pytest.mark.parametrize("recall_target", [1.0, 0.9])
+    def test_it_is_lowered_for_its_platform(self, name, platform, recall_target):
+        _, tables, codes = problem(10, 300, 5, 16, 2, 3)
+        packed = pack_codes(codes, num_codewords=16, layout="nibbles")
+        run = functools.partial(
+            adc_top_k, k=7, recall_target=recall_target, implementation=f"pallas_{name}"
+        )
+        # Triton's call may change between versions of jax: an exported program is for its own.
+        checks = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+        exported = jax.export.export(jax.jit(run), platforms=[platform], disabled_checks=checks)(
+            tables, packed
+        )
+        text = exported.mlir_module()
+        assert {"tpu": "tpu_custom_call", "gpu": "triton"}[name] in text
+        assert [aval.shape for aval in exported.out_avals] == [(3, 7), (3, 7)]
 
 
 class TestBins:

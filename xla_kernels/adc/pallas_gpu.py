@@ -162,7 +162,7 @@ def best_of_bins(
       ``float32[b, programs * points]`` and ``int32`` of that shape; score -inf where a bin has no
       row.
     """
-    sizes = sizes or Sizes()
+    sizes = sizes or sizes_for(jax.devices()[0].device_kind)
     b, m, s = queries.shape
     n = columns.shape[1]
     per_subspace = -(-s // 2)
@@ -212,7 +212,7 @@ def top_k(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Merge the bins of `best_of_bins` into the k best rows; arguments of `pallas_tpu.top_k`."""
-    sizes = sizes or Sizes()
+    sizes = sizes or sizes_for(jax.devices()[0].device_kind)
     usable = jnp.isfinite(queries).all(axis=(1, 2))
     offset, valid = fold_mask(offset, valid)
     words = None if codewords is None else pack_words(codewords)

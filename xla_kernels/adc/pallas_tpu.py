@@ -204,7 +204,7 @@ def best_of_bins(
     Returns:
       ``float32[b, L]`` and ``int32[b, L]``; score -inf where a bin has no row.
     """
-    sizes = sizes or Sizes()
+    sizes = sizes or sizes_for(jax.devices()[0].device_kind)
     (m, n), b = columns.shape, queries.shape[0]
     rows, points = _rows(m), sizes.points
     if blocks is not None:
@@ -291,7 +291,7 @@ def top_k(
     Returns:
       ``float32[b, k]`` and ``int32[b, k]``, scores to bfloat16's digits of their terms.
     """
-    sizes = sizes or Sizes()
+    sizes = sizes or sizes_for(jax.devices()[0].device_kind)
     n = columns.shape[1]
     usable = jnp.isfinite(queries).all(axis=(1, 2))
     offset, valid = fold_mask(offset, valid)
