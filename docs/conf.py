@@ -83,7 +83,9 @@ def skip(app, what, name, obj, skipped, options):
 
 def shorten(app, what, name, obj, options, signature, annotation):
     """Leave out the static field that tells the weight families apart; it is never passed."""
-    return (re.sub(r", \*, family='\w+'|\*, family='\w+'", "", signature or ""), annotation)
+    if signature:
+        return re.sub(r",? ?\*, family='\w+'", "", signature), annotation
+    return None
 
 
 missing = [

@@ -76,7 +76,9 @@ def pages():
             names.append(f"avq_jax.{name}" if flat else f"{home(module_name, name)}.{name}")
         lines = [title, "=" * len(title), "", inspect.getdoc(module) or "", ""]
         lines += [".. autosummary::", "   :nosignatures:", ""]
-        lines += [f"   {name}" for name in names] + [""]
+        # A summary table cannot hold aliases: they are no objects of their own.
+        lines += [f"   {name}" for name in names if name.count(".") <= module_name.count(".") + 1]
+        lines += [""]
         for name in [name for name in names if name not in described]:
             described.add(name)
             value = getattr(module, name.rpartition(".")[2])

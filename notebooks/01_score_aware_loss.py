@@ -78,8 +78,8 @@ axes.plot(
 for label, point in {"x": x, "$c_2$": c2, "$c_3$": c3}.items():
     axes.plot(*point, "ko", markersize=4)
     axes.annotate(label, point, xytext=(6, 5), textcoords="offset points")
-axes.set(aspect="equal", xlabel="along x", ylabel="across x", ylim=(-0.6, 0.6))
-axes.legend(loc="lower left")
+axes.set(aspect="equal", xlabel="along x", ylabel="across x", xlim=(-0.1, 1.4), ylim=(-0.6, 0.6))
+axes.legend(loc="lower left");
 
 # %% [markdown]
 # ## Theorem 3.2 by Monte Carlo

@@ -228,7 +228,7 @@ for m, panel in zip(CODES, axes[0], strict=True):
         panel.plot(np.arange(1, 101), curve, linestyle="--" if dashed else "-", label=label)
     panel.set(xscale="log", xlabel="N", ylabel="recall 1@N", title=f"{4 * m} bits, d = {d}")
     panel.grid(alpha=0.3, which="both")
-axes[0, 0].legend(fontsize=8)
+axes[0, 0].legend(fontsize=8);
 
 # %% [markdown]
 # ## Weight functions

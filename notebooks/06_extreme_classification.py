@@ -113,7 +113,7 @@ print(f"loss {values[0]:.2f} to {values[-1]:.2f} in {STEPS} steps, "
 #
 # The base is not normalised: each row's own norm enters its $h_\parallel$ and $h_\perp$. Hidden
 # states of a ReLU network are all positive, far from the even spread over the sphere that Theorem
-# 3.2 assumes, so T is drawn as well: the default of the package and half of it.
+# 3.2 assumes, so two thresholds are tried: the default of the package and half of it.
 
 # %%
 norms = np.linalg.norm(rows, axis=1)
