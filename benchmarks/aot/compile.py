@@ -71,6 +71,7 @@ def compiled(case: str, device):
             centroids=array((leaves, d), jnp.float32),
             tiles=array((0, d // 2, 16, 2), jnp.int16),
             centroid_scale=array((), jnp.float32),
+            ranking=array((0, d), jnp.float32),
             leaf_offset=array((0,), jnp.float32),
             starts=array((leaves + 1,), jnp.int32),
             codewords=array((m, s, k), jnp.float32),
