@@ -59,11 +59,18 @@ class TestLoss:
 
         assert loss(coded.codes) < 0.95 * loss(mistaken)
 
-    def test_rows_lie_in_the_leaf_of_the_nearest_centroid(self, index, rows):
-        centroids = np.asarray(index.tree.centroids)
-        distance = np.sum((rows[:, None] - centroids[None]) ** 2, -1)
+    def test_rows_lie_in_the_leaf_of_the_nearest_ranking_vector(self, index, rows):
+        ranking = np.asarray(index.tree.ranking)
+        distance = np.sum((rows[:, None] - ranking[None]) ** 2, -1)
         leaves = coded_rows(index.tree, N).leaves
         np.testing.assert_allclose(distance[np.arange(N), leaves], distance.min(1), rtol=1e-5)
+
+    def test_residuals_are_those_from_the_means(self, index, rows):
+        # All rows are in the sample here.
+        leaves = coded_rows(index.tree, N).leaves
+        means = np.stack([rows[leaves == leaf].mean(axis=0) for leaf in range(LEAVES)])
+        np.testing.assert_allclose(index.tree.centroids, means, rtol=1e-3, atol=1e-3)
+        assert not np.allclose(index.tree.ranking, means, rtol=1e-2)
 
     def test_default_weight(self, indexes):
         assert isinstance(indexes["dot"].weight, avq_jax.Threshold)
