@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from avq_jax.checks import as_rows, is_traced
 from avq_jax.loss import row_norms, scaling
 from avq_jax.mips import Index
+from avq_jax.mips.rescoring import store_rows
 from avq_jax.quantization import encode
 from xla_kernels import pack_codes, slots_per_block, unpack_codes
 
@@ -61,7 +61,7 @@ def refresh(index: Index, ids: Any, rows: Any) -> Index:
     if not len(ids):
         return index
     tree = index.tree if index.tree is None else _encoded(index, ids, rows)
-    return dataclasses.replace(index, tree=tree, store=_stored(index.store, ids, rows))
+    return dataclasses.replace(index, tree=tree, store=_stored(index, ids, rows))
 
 
 def _encoded(index: Index, ids: np.ndarray, rows: np.ndarray) -> Any:
@@ -87,12 +87,16 @@ def _encoded(index: Index, ids: np.ndarray, rows: np.ndarray) -> Any:
     return index.tree._replace(packed=packed._replace(codes=again))
 
 
-def _stored(store: Any, ids: np.ndarray, rows: np.ndarray) -> Any:
+def _stored(index: Index, ids: np.ndarray, rows: np.ndarray) -> Any:
+    store: Any = index.store
     if store is None:
         return None
-    if store.scale is None:
-        return store._replace(rows=store.rows.at[ids].set(jnp.asarray(rows, store.rows.dtype)))
-    step = np.abs(rows).max(axis=1) / np.float32(127)
-    step = np.where(step >= np.finfo(np.float32).tiny, step, 0).astype(np.float32)
-    whole = np.rint(rows / np.where(step > 0, step, np.inf)[:, None]).astype(np.int8)
-    return store._replace(rows=store.rows.at[ids].set(whole), scale=store.scale.at[ids].set(step))
+    kind: Any = store.rows.dtype.name
+    weights = None
+    if index.metric != "l2":
+        weights = scaling(index.weight, row_norms(rows), dim=index.dim)
+    fresh = store_rows(rows, kind, weights)
+    scale = store.scale
+    if scale is not None:
+        scale = scale.at[ids].set(fresh.scale)
+    return store._replace(rows=store.rows.at[ids].set(fresh.rows), scale=scale)

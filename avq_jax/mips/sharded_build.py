@@ -15,6 +15,7 @@ from jaxtyping import Array
 from avq_jax.checks import as_count, as_rows
 from avq_jax.loss import Threshold, Uniform, Weight, row_norms
 from avq_jax.mips.build import (
+    _CENTROID_ETA,
     _as_pytree,
     _loss_terms,
     _sizes,
@@ -22,7 +23,12 @@ from avq_jax.mips.build import (
 )
 from avq_jax.mips.index import Index, pack_ids
 from avq_jax.mips.packing import pack_tree
-from avq_jax.mips.partition import _assign, k_means_step
+from avq_jax.mips.partition import (
+    _assign,
+    anisotropic_centroids,
+    k_means_step,
+    nearest_centroids,
+)
 from avq_jax.mips.rescoring import StoreType, check_store_type, store_rows
 from avq_jax.quantization import Codebook, decode, encode
 from avq_jax.quantization.codebook import check_magnitude
@@ -155,7 +161,14 @@ def build_sharded(
         if previous - float(loss) <= 1e-3 * float(loss):
             break
         previous = float(loss)
-    center = np.asarray(centroids)
+    ranking = None
+    vectors = centroids
+    if metric != "l2" and leaves > 1:
+        # As `build` does; the sample is small enough for every host.
+        near = nearest_centroids(sample, centroids)
+        vectors = ranking = anisotropic_centroids(
+            jnp.asarray(sample), near, centroids, eta=_CENTROID_ETA
+        )
 
     step = _ROWS_PER_DEVICE * devices
     step = min(step, -(-n // devices) * devices)
@@ -169,7 +182,11 @@ def build_sharded(
 
     leaf = np.empty(n, np.int32)
     for i, count in chunks():
-        leaf[i[:count]] = np.asarray(_leaves(put(x[i]), centroids, mesh, axis))[:count]
+        leaf[i[:count]] = np.asarray(_leaves(put(x[i]), vectors, mesh, axis))[:count]
+    if ranking is not None:
+        near = leaf[picked[: len(sample)]]
+        centroids = anisotropic_centroids(jnp.asarray(sample), near, centroids, eta=1.0)
+    center = np.asarray(centroids)
     few = picked[:: -(-size // (sample_size // 2))]
     few = few[: len(few) - len(few) % devices]
     state, _ = fit_sharded(
@@ -194,7 +211,7 @@ def build_sharded(
             mine = x[i[:count]]
             offset[i[:count]] = np.sum(mine * left, axis=1) - 0.5 * np.sum(mine * mine, axis=1)
     return Index(
-        tree=pack_tree(jnp.asarray(center), leaf, book, codes, offset),
+        tree=pack_tree(jnp.asarray(center), leaf, book, codes, offset, ranking=ranking),
         store=None if rescore_dtype is None else store_rows(x, rescore_dtype),
         ids=words,
         weight=weight,
