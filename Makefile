@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint sanitize aot readme notebooks docs clean help
+.PHONY: demo test test-full test-models lint sanitize aot readme notebooks docs clean help
 
 help:
 	@echo "make demo       learn, index and search real word vectors (about 3 minutes)"
 	@echo "make test       lint, types and the test suite (about 6 minutes on two cores)"
 	@echo "make test-full  the longer tests"
+	@echo "make test-models  the layers in flax and equinox, and every notebook"
 	@echo "make lint       lint and types alone"
 	@echo "make sanitize   random shapes through the C++ core under ASan and UBSan"
 	@echo "make notebooks  run the notebooks; DATASET=FILE.hdf5 for the full size"
@@ -45,8 +46,12 @@ lint: $(VENV)/.test
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full" --durations 10
 
-test-full: $(VENV)/.models
+test-full: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m full --durations 10
+
+# Also inside models of flax and equinox, and every notebook.
+test-models: $(VENV)/.models
+	AVQ_NOTEBOOKS=all $(BIN)/python -m pytest tests/layers/test_quantize.py tests/test_notebooks.py
 
 sanitize: $(VENV)/.test
 	cmake -S xla_kernels/csrc -B build/sanitize -DXLA_KERNELS_SANITIZE=ON \

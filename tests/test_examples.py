@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
     "two_tower": ["--epochs", "1", "--more", "1", "--width", "8", "--subspaces", "2"],
-    "learned_weight": ["--steps", "2", "--rows", "300", "--queries", "16"],
+    "learned_weight": ["--steps", "1", "--rows", "200", "--queries", "16"],
 }
 
 
