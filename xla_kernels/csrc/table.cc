@@ -1,5 +1,6 @@
 #include "table.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -49,7 +50,9 @@ TableBounds round_table(const float* table, Layout layout, int64_t num_subspaces
   const int32_t top = table_max(layout);
   // Small integers are their own rounding, and float sums of them are exact.
   const bool exact = integers && range <= static_cast<float>(top) && magnitude < 16777216.0f;
-  bounds.delta = exact ? 1.0f : range / static_cast<float>(top);
+  // Not below the rounding of the sums: a step that is lost in it would make the width overflow.
+  const float finest = std::max(range / static_cast<float>(top), magnitude * 1e-8f);
+  bounds.delta = exact ? 1.0f : finest;
   // A constant table, or one of denormals: every sum rounds to 0.
   if (!(bounds.delta > 1e-30f)) bounds.delta = 1.0f;
   const float scale = 1.0f / bounds.delta;
