@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-full test-models lint sanitize aot readme notebooks docs clean help
 
 help:
-	@echo "make demo       learn, index and search real word vectors (about 3 minutes)"
-	@echo "make test       lint, types and the test suite (about 6 minutes on two cores)"
+	@echo "make demo       learn, index and search real word vectors (about 2 minutes)"
+	@echo "make test       lint, types and the test suite (about 8 minutes on two cores)"
 	@echo "make test-full  the longer tests"
 	@echo "make test-models  the layers in flax and equinox, and every notebook"
 	@echo "make lint       lint and types alone"

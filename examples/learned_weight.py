@@ -10,6 +10,9 @@ costs depend on T. Between steps of T, Lloyd's algorithm goes on with the weight
 
 The sweep learns a codebook for each T of a grid, all in one compiled program. Both are judged by
 recall 1@1 and 1@10 of hard codes on other queries. Without a data set the rows are synthetic.
+
+Of real data only the sweep and the first step of the learner have been run: whether it reaches the
+best T of the sweep is not known.
 """
 
 import argparse

@@ -145,7 +145,7 @@ def _exact_scores(
     """Scores over f^2 and f, a power of two that keeps them inside float32."""
     if metric == "l2":
         difference = q[None, :] - x
-        factor = _power_of_two(lax.stop_gradient(jnp.abs(difference).max()))
+        factor = power_of_two(lax.stop_gradient(jnp.abs(difference).max()))
         return -jnp.square(difference / factor).sum(axis=1), factor
     if metric == "cosine":
         unit = _normalize(x)
@@ -170,7 +170,7 @@ def _best_groups(
     b, d = queries.shape
     n = x.shape[0]
     # The order of a query's scores does not change with its length; this length cannot overflow.
-    largest = _power_of_two(jnp.abs(queries).max(axis=1, keepdims=True))
+    largest = power_of_two(jnp.abs(queries).max(axis=1, keepdims=True))
     if metric == "l2":
         origin, unit = _origin_and_unit(x)
         shrink = jnp.maximum(largest / unit, jnp.float32(1))
@@ -248,11 +248,11 @@ def _origin_and_unit(x: Float[Array, "n d"]) -> tuple[Float[Array, "d"], Float[A
     sample = x[:: max(1, x.shape[0] // _SAMPLE)]
     sample = jnp.where(jnp.isfinite(sample), sample, jnp.float32(0))
     sizes = jnp.sort(jnp.abs(sample).max(axis=1))
-    unit = _power_of_two(sizes[sizes.shape[0] // 2])
+    unit = power_of_two(sizes[sizes.shape[0] // 2])
     return jnp.clip(sample / unit, -4.0, 4.0).mean(axis=0), unit
 
 
-def _power_of_two(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def power_of_two(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Give the power of two next to ``value`` (1 at zero): division by it is exact."""
     _, exponent = jnp.frexp(jnp.where(value > 0, value, jnp.float32(1)))
     return jnp.ldexp(jnp.ones_like(value), jnp.clip(exponent, -120, 120))
@@ -260,7 +260,7 @@ def _power_of_two(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def _inverse_norms(x: Float[Array, "r d"]) -> Float[Array, "r"]:
     """1 / ||x||, 0 for a zero row; neither overflows nor underflows."""
-    scale = _power_of_two(jnp.abs(x).max(axis=1))
+    scale = power_of_two(jnp.abs(x).max(axis=1))
     squares = jnp.square(x / scale[:, None]).sum(axis=1)
     zero = squares == 0
     return jnp.where(zero, 0.0, lax.rsqrt(jnp.where(zero, 1.0, squares)) / scale)
@@ -268,7 +268,7 @@ def _inverse_norms(x: Float[Array, "r d"]) -> Float[Array, "r"]:
 
 def _normalize(x: Float[Array, "r d"]) -> Float[Array, "r d"]:
     """Rows of length one; a zero row stays zero and has gradient zero."""
-    scaled = x / _power_of_two(lax.stop_gradient(jnp.abs(x).max(axis=1, keepdims=True)))
+    scaled = x / power_of_two(lax.stop_gradient(jnp.abs(x).max(axis=1, keepdims=True)))
     squares = jnp.square(scaled).sum(axis=1, keepdims=True)
     zero = squares == 0
     return jnp.where(zero, 0.0, scaled / jnp.sqrt(jnp.where(zero, 1.0, squares)))

@@ -130,13 +130,13 @@ def arrays_of(index: Index) -> dict[str, np.ndarray]:
             leaf_offset=tree.leaf_offset,
             codewords=tree.codebook.codewords,
             offset=None if rows.offset is None else rows.offset.reshape(-1),
-            codes=_halves(flat) if tree.codebook.num_codewords <= 16 else flat,
+            codes=halves(flat) if tree.codebook.num_codewords <= 16 else flat,
         )
     arrays = {name: np.asarray(array) for name, array in found.items() if array is not None}
     return {name: arrays[name] for name in TENSORS if name in arrays}
 
 
-def _halves(codes: np.ndarray) -> np.ndarray:
+def halves(codes: np.ndarray) -> np.ndarray:
     packed = codes[:, 0::2].copy()
     packed[:, : codes.shape[1] // 2] |= codes[:, 1::2] << 4
     return packed

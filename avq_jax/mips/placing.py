@@ -153,8 +153,14 @@ def put_slots(
     return Tree(packed)
 
 
-def put_rows(store: Store, rows: Int32[Array, " b"], x: Float[Array, "b d"]) -> Store:
-    """Write rows for exact scoring, in the type of the store; numbers below zero are skipped."""
+def put_rows(
+    store: Store, rows: Int32[Array, " b"], x: Float[Array, "b d"], weights: Scaling | None = None
+) -> Store:
+    """Write rows for exact scoring, in the type of the store; numbers below zero are skipped.
+
+    int8 rows take the step of :func:`store_rows` for these weights; bfloat16 rows are rounded to
+    the nearest, not up or down as lowers the loss.
+    """
     at = jnp.where(rows >= 0, rows, store.rows.shape[0])
     scale = store.scale
     if scale is not None:
@@ -162,9 +168,12 @@ def put_rows(store: Store, rows: Int32[Array, " b"], x: Float[Array, "b d"]) -> 
         step = jnp.where(step >= np.finfo(np.float32).tiny, step, 0)
         exact = x / jnp.where(step > 0, step, jnp.inf)[:, None]
         x = jnp.round(exact)
-        # The step of least squared error for these integers, as `store_rows` takes it.
-        square = jnp.sum(x * x, axis=1)
-        step = step * jnp.where(square > 0, jnp.sum(x * exact, axis=1) / jnp.maximum(square, 1), 1)
+        # In steps, as everything here.
+        parallel, orthogonal = (1.0, 1.0) if weights is None else weights
+        cross = jnp.sum(x * exact, axis=1)
+        along = cross * cross / jnp.maximum(jnp.sum(exact * exact, axis=1), 1e-30)
+        least = orthogonal * jnp.sum(x * x, axis=1) + (parallel - orthogonal) * along
+        step = step * jnp.where(least > 0, parallel * cross / jnp.where(least > 0, least, 1), 1)
         scale = scale.at[at].set(step, mode="drop")
     held = None if store.held is None else store.held.at[at].set(True, mode="drop")
     return Store(store.rows.at[at].set(x.astype(store.rows.dtype), mode="drop"), scale, held)

@@ -13,9 +13,9 @@ from jaxtyping import Array, Int64
 
 from avq_jax.checks import as_count, is_traced
 from avq_jax.loss import row_norms
-from avq_jax.mips.build import _build_tree, _loss_terms
 from avq_jax.mips.capacity import held_rows, with_room
 from avq_jax.mips.index import Index
+from avq_jax.mips.learning import build_tree, loss_terms
 from avq_jax.mips.rescoring import Store
 
 __all__ = ["Statistics", "rebalance", "statistics"]
@@ -177,10 +177,10 @@ def rebalance(
     norms = np.asarray(row_norms(x))
     if index.metric == "cosine":
         norms = (norms > 0).astype(np.float32)
-    tree = _build_tree(
+    tree = build_tree(
         key,
         x,
-        _loss_terms(index.weight, norms, x, index.metric),
+        loss_terms(index.weight, norms, x, index.metric),
         metric=index.metric,
         num_leaves=leaves,
         num_subspaces=book.num_subspaces,

@@ -13,8 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from avq_jax.checks import as_count, as_queries, is_traced
 from avq_jax.mips.direct import DIRECT_QUERIES, bind, bound, host_queries
-from avq_jax.mips.exact import SearchResult
-from avq_jax.mips.exact import _power_of_two as power_of_two
+from avq_jax.mips.exact import SearchResult, power_of_two
 from avq_jax.mips.filtering import filtered_search, restrict
 from avq_jax.mips.index import Index
 from avq_jax.mips.rescoring import Store, rough_scores
@@ -98,7 +97,7 @@ def search(
 ) -> SearchResult:
     """Find the k rows of largest score for each query.
 
-    Ranks the leaves by ``<q, centroid>``, scores the codes of the best of them
+    Ranks the leaves by ``<q, ranking[l]>``, scores the codes of the best of them
     (``<q, centroid> + sum_m table[m, code_m]``), and rescores the best candidates exactly. Works
     eagerly and inside ``jit``, ``vmap`` and ``grad``: the scores are differentiable in queries
     and index arrays, the ids carry no gradient.

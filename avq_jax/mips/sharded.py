@@ -21,8 +21,7 @@ from jaxtyping import Array
 import xla_kernels
 from avq_jax.checks import as_count, as_queries, is_traced
 from avq_jax.mips.capacity import held_slots
-from avq_jax.mips.exact import SearchResult
-from avq_jax.mips.exact import _power_of_two as power_of_two
+from avq_jax.mips.exact import SearchResult, power_of_two
 from avq_jax.mips.index import Index, Tree
 from avq_jax.mips.partition import lay_out
 from avq_jax.mips.searcher import search

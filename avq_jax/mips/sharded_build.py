@@ -14,14 +14,9 @@ from jaxtyping import Array
 
 from avq_jax.checks import as_count, as_rows
 from avq_jax.loss import Threshold, Uniform, Weight, row_norms
-from avq_jax.mips.build import (
-    _CENTROID_ETA,
-    _as_pytree,
-    _loss_terms,
-    _sizes,
-    default_threshold,
-)
+from avq_jax.mips.build import default_threshold
 from avq_jax.mips.index import Index, pack_ids
+from avq_jax.mips.learning import CENTROID_ETA, as_pytree, loss_terms, tree_sizes
 from avq_jax.mips.packing import pack_tree
 from avq_jax.mips.partition import (
     _assign,
@@ -129,7 +124,9 @@ def build_sharded(
     x = np.asarray(as_rows(x, name="x"))
     check_magnitude(x)
     n, d = x.shape
-    sizes = _sizes(n, d, num_leaves or max(1, round(math.sqrt(n))), num_subspaces, num_codewords)
+    sizes = tree_sizes(
+        n, d, num_leaves or max(1, round(math.sqrt(n))), num_subspaces, num_codewords
+    )
     if sizes is None:
         raise ValueError(f"x has {n} rows, too few to learn codes from; use build")
     leaves, m = sizes
@@ -141,8 +138,8 @@ def build_sharded(
     if weight is None:
         T = default_threshold(norms, dim=d)
         weight = Uniform() if metric == "l2" else Threshold(jnp.float32(T))
-    weight = _as_pytree(weight)
-    terms = _loss_terms(weight, norms, x, metric)
+    weight = as_pytree(weight)
+    terms = loss_terms(weight, norms, x, metric)
     mesh = Mesh(mesh.devices, mesh.axis_names)  # without the explicit axes of jax.make_mesh
     place = NamedSharding(mesh, PartitionSpec(axis))
     devices = mesh.shape[axis]
@@ -167,7 +164,7 @@ def build_sharded(
         # As `build` does; the sample is small enough for every host.
         near = nearest_centroids(sample, centroids)
         vectors = ranking = anisotropic_centroids(
-            jnp.asarray(sample), near, centroids, eta=_CENTROID_ETA
+            jnp.asarray(sample), near, centroids, eta=CENTROID_ETA
         )
 
     step = _ROWS_PER_DEVICE * devices
@@ -210,9 +207,14 @@ def build_sharded(
             left = residual[:count] - np.asarray(decode(book, codes[i[:count]]))
             mine = x[i[:count]]
             offset[i[:count]] = np.sum(mine * left, axis=1) - 0.5 * np.sum(mine * mine, axis=1)
+    store = None
+    if rescore_dtype is not None:
+        store = store_rows(
+            x, rescore_dtype, None if metric == "l2" else terms(slice(None))["scaling"]
+        )
     return Index(
         tree=pack_tree(jnp.asarray(center), leaf, book, codes, offset, ranking=ranking),
-        store=None if rescore_dtype is None else store_rows(x, rescore_dtype),
+        store=store,
         ids=words,
         weight=weight,
         metric=metric,

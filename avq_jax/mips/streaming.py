@@ -22,19 +22,13 @@ from jaxtyping import Array
 from avq_jax.checks import as_count, as_rows
 from avq_jax.loss import Threshold, Uniform, Weight, row_norms
 from avq_jax.mips import safe_files
-from avq_jax.mips.build import (
-    _as_pytree,
-    _build_tree,
-    _encode_leaves,
-    _loss_terms,
-    _sizes,
-    default_threshold,
-)
+from avq_jax.mips.build import default_threshold
 from avq_jax.mips.exact import METRICS
-from avq_jax.mips.file_format import _halves, header_of
+from avq_jax.mips.file_format import halves, header_of
 from avq_jax.mips.index import Index, pack_ids
 from avq_jax.mips.io import check_folder, install
 from avq_jax.mips.journal import Journal, Learned, Part
+from avq_jax.mips.learning import as_pytree, build_tree, encode_leaves, loss_terms, tree_sizes
 from avq_jax.mips.packing import pack_tree
 from avq_jax.mips.partition import nearest_centroids, spilled_leaves
 from avq_jax.mips.rescoring import StoreType, check_store_type, store_rows
@@ -117,12 +111,14 @@ def build_to_disk(
     as_count(sample_size, name="sample_size", minimum=256)
     place = pathlib.Path(path)
     n, d = _shape(source)
-    sizes = _sizes(n, d, num_leaves or max(1, round(math.sqrt(n))), num_subspaces, num_codewords)
+    sizes = tree_sizes(
+        n, d, num_leaves or max(1, round(math.sqrt(n))), num_subspaces, num_codewords
+    )
     if sizes is None:
         raise ValueError(f"source has {n} rows, too few to learn codes from; use build")
     leaves, m = sizes
     words = None if ids is None else pack_ids(ids, n)
-    weight = None if weight is None else _as_pytree(weight)
+    weight = None if weight is None else as_pytree(weight)
     told = json.dumps(
         {
             "rows": [n, d], "metric": metric, "sizes": [leaves, m, num_codewords],
@@ -290,8 +286,8 @@ def _learn(
     T = default_threshold(norms, dim=x.shape[1])
     if weight is None:
         weight = Uniform() if metric == "l2" else Threshold(jnp.float32(T))
-    tree = _build_tree(
-        key, x, _loss_terms(weight, norms, x, metric), metric=metric, num_leaves=leaves,
+    tree = build_tree(
+        key, x, loss_terms(weight, norms, x, metric), metric=metric, num_leaves=leaves,
         num_subspaces=m, num_codewords=k, num_iterations=num_iterations, sample_size=len(x),
         soar_lambda=soar_lambda, progress=progress,
     )  # fmt: skip
@@ -309,21 +305,21 @@ def _encoded(
     """What the files hold of a chunk, by tensor."""
     norms = np.asarray(row_norms(x))
     norms = (norms > 0).astype(np.float32) if metric == "cosine" else norms
-    terms = _loss_terms(weight, norms, x, metric)
+    terms = loss_terms(weight, norms, x, metric)
     vectors = jnp.asarray(ranking if len(ranking) else center)
     leaves = [nearest_centroids(x, vectors)]
     if soar_lambda is not None and len(center) > 1:
         leaves.append(spilled_leaves(x, leaves[0], vectors, soar_lambda=soar_lambda))
-    pairs = [_encode_leaves(x, each, center, book, terms, metric, False) for each in leaves]
+    pairs = [encode_leaves(x, each, center, book, terms, metric, False) for each in leaves]
     codes = np.stack([codes for codes, _ in pairs], axis=1).reshape(-1, book.num_subspaces)
     found = {
         "leaves": np.stack(leaves, axis=1).reshape(-1),
-        "codes": _halves(codes) if book.num_codewords <= 16 else codes,
+        "codes": halves(codes) if book.num_codewords <= 16 else codes,
     }
     if metric == "l2":
         found["offset"] = np.stack([offset for _, offset in pairs], axis=1).reshape(-1)
     if kind is not None:
-        store = store_rows(x, kind)
+        store = store_rows(x, kind, None if metric == "l2" else terms(slice(None))["scaling"])
         found["rows"] = np.asarray(store.rows)
         if store.scale is not None:
             found["scale"] = np.asarray(store.scale)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from avq_jax.checks import as_rows, is_traced
-from avq_jax.loss import row_norms
+from avq_jax.loss import row_norms, scaling
 from avq_jax.mips.capacity import held_rows
 from avq_jax.mips.index import Index, pack_ids, user_ids
 from avq_jax.mips.placing import clear, coded, place, put_rows, put_slots
@@ -276,5 +276,10 @@ def _put(index: Index, rows: Array, x: Array, soar_lambda: Any) -> Any:
         for leaves, slots in places:
             codes, offset = coded(tree, leaves, x, index.weight, index.metric)
             tree = put_slots(tree, jnp.where(rows >= 0, slots, -1), rows, codes, offset)
-    store = None if index.store is None else put_rows(index.store, rows, x)
+    store = index.store
+    if store is not None:
+        weights = None
+        if index.metric != "l2" and store.scale is not None:
+            weights = scaling(index.weight, row_norms(x), dim=index.dim)
+        store = put_rows(store, rows, x, weights)
     return dataclasses.replace(index, tree=tree, store=store), rows

@@ -16,13 +16,13 @@ from avq_jax.checks import as_count, is_traced
 from avq_jax.loss import QueryTerms, Scaling
 from avq_jax.progress import steps
 from avq_jax.quantization.codebook import Codebook, as_learning_rows, encode_rows
-from avq_jax.quantization.lloyd import (
+from avq_jax.quantization.lloyd_steps import (
     History,
     Init,
     LloydState,
-    _check_sizes,
-    _initial_codewords,
-    _mean_loss,
+    check_sizes,
+    initial_codewords,
+    mean_loss,
 )
 from avq_jax.quantization.rows import Rows, quadratic_form, split
 from avq_jax.quantization.update import reconstruct, row_losses
@@ -177,11 +177,11 @@ def _interval(key, state: _Progress, rows: Rows, count: Array, optimizer: Any, o
 def _finish(codewords: Array, step: Array, rows: Rows, dim: int, num_sweeps: int) -> LloydState:
     """Give the codes and the loss of all rows."""
     codes = encode_rows(codewords, rows, num_sweeps=num_sweeps)
-    loss, _ = _mean_loss(codewords, codes, rows)
+    loss, _ = mean_loss(codewords, codes, rows)
     return LloydState(Codebook(codewords, dim=dim), codes.T.astype(jnp.uint8), loss, step)
 
 
-_jit_initial = jax.jit(_initial_codewords, static_argnums=(2, 3, 4))
+_jit_initial = jax.jit(initial_codewords, static_argnums=(2, 3, 4))
 
 
 def _start(key: Array, rows: Rows, m: int, k: int, init: Init | Codebook) -> Array:
@@ -272,7 +272,7 @@ def fit_sgd(
       Guo et al., Accelerating Large-Scale Inference with Anisotropic Vector Quantization, 2020.
     """
     rows = as_learning_rows(x, scaling, direction, extra)
-    m, k = _check_sizes(rows.x, num_subspaces, num_codewords)
+    m, k = check_sizes(rows.x, num_subspaces, num_codewords)
     num_steps = as_count(num_steps, name="num_steps", minimum=0)
     options = _Options(
         as_count(batch_size, name="batch_size"),

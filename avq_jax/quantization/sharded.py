@@ -14,37 +14,34 @@ from jaxtyping import Array
 from avq_jax.checks import as_count
 from avq_jax.loss import QueryTerms, Scaling
 from avq_jax.quantization.codebook import as_learning_rows
-from avq_jax.quantization.lloyd import (
-    _WARM_ITERATIONS,
+from avq_jax.quantization.lloyd_steps import (
+    WARM_ITERATIONS,
     History,
     LloydState,
-    _check_sizes,
-    _finish,
-    _jit_start,
-    _Options,
-    _update,
-    _warm,
+    Options,
+    check_sizes,
+    finish,
+    start,
+    step,
+    warm,
 )
-from avq_jax.quantization.update import choose_solver, over_devices
+from avq_jax.quantization.update import choose_solver
 
 __all__ = ["fit_sharded"]
 
+_start = jax.jit(start, static_argnums=(2, 3, 4))
+
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _run(state: LloydState, rows: Any, kind: str, mesh: Mesh, options: _Options) -> Any:
+def _run(state: LloydState, rows: Any, kind: str, mesh: Mesh, options: Options) -> Any:
     """One step of a kind on every device, and the fraction of codewords in use."""
 
     def device(state: LloydState, rows: Any) -> Any:
         if kind == "warm":
-            return _warm(state, rows, options.axis), jnp.float32(0)
+            return warm(state, rows, options.axis), jnp.float32(0)
         if kind == "finish":
-            return _finish(state, rows, options), jnp.float32(0)
-        new = _update(state, rows, options)
-        kept = state._replace(step=new.step)
-        new = jax.tree.map(lambda a, b: jnp.where(new.loss > state.loss, a, b), kept, new)
-        m, k, _ = new.codebook.codewords.shape
-        used = jnp.zeros((m, k), jnp.float32).at[jnp.arange(m)[None, :], new.codes].set(1.0)
-        return new, jnp.mean((over_devices(used, options.axis) > 0).astype(jnp.float32))
+            return finish(state, rows, options), jnp.float32(0)
+        return step(state, rows, options)
 
     whole, shared = PartitionSpec(), PartitionSpec(options.axis)
     states = LloydState(whole, shared, whole, whole)  # type: ignore[arg-type]
@@ -103,7 +100,7 @@ def fit_sharded(
     (256, 4)
     """
     rows = as_learning_rows(x, scaling, direction, extra)
-    m, k = _check_sizes(rows.x, num_subspaces, num_codewords)
+    m, k = check_sizes(rows.x, num_subspaces, num_codewords)
     as_count(num_iterations, name="num_iterations", minimum=0)
     if axis not in mesh.shape:
         raise ValueError(f"axis must be one of {tuple(mesh.shape)}; got {axis!r}")
@@ -116,9 +113,9 @@ def fit_sharded(
     mesh = Mesh(mesh.devices, mesh.axis_names)
     place = NamedSharding(mesh, PartitionSpec(axis))
     rows = jax.tree.map(lambda a: jax.device_put(a, place), rows)
-    options = _Options(choose_solver("auto", m, k, -(-d // m)), num_sweeps, axis)
-    state = _jit_start(key, rows, m, k, "reconstruction")
-    for _ in range(_WARM_ITERATIONS):
+    options = Options(choose_solver("auto", m, k, -(-d // m)), num_sweeps, axis)
+    state = _start(key, rows, m, k, "reconstruction")
+    for _ in range(WARM_ITERATIONS):
         state, _ = _run(state, rows, "warm", mesh, options)
     state, _ = _run(state, rows, "finish", mesh, options)
     losses, usages = [], []

@@ -18,6 +18,7 @@ class CodecSuite:
     """Tests of the seam "codes + table"; `make` is the only thing a codec has to give."""
 
     n, dim = 200, 10
+    gain_atol = 1e-7
 
     def make(self, key, x, scaling):
         """Learn a codec of rows `x[n, dim]`."""
@@ -100,7 +101,9 @@ class CodecSuite:
         gain = codes.gain if codes.gain is not None else one
         plain = avq_jax.decode(codec, codes._replace(gain=one))
         doubled = avq_jax.decode(codec, codes._replace(gain=2 * gain))
-        np.testing.assert_allclose(doubled, plain * (2 * gain)[:, None], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            doubled, plain * (2 * gain)[:, None], rtol=1e-6, atol=self.gain_atol
+        )
 
     def test_jit(self, learned):
         codec, x, scaling, codes = learned
