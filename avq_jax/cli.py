@@ -66,6 +66,9 @@ def _warn(message: Any, *_: Any, **__: Any) -> None:
     print(f"avq-jax: warning: {message}", file=sys.stderr)
 
 
+_ADAPTIVE = "deviations beyond which a query passes leaves over"
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
@@ -76,6 +79,16 @@ def _from_zero(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0; got {text!r}")
     return int(text)
+
+
+def _from_zero_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0; got {text!r}")
+    return value
 
 
 def _fraction(text: str) -> float:
@@ -131,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     exported.add_argument("--k", type=_count, default=10, help="results (default: %(default)s)")
     exported.add_argument("--leaves", type=_count, help="leaves searched")
     exported.add_argument("--rescore", type=_from_zero, help="rows rescored, 0 for none")
+    exported.add_argument("--adaptive", type=_from_zero_float, help=_ADAPTIVE)
     exported.add_argument(
         "--batch", default="b", help="a name for any batch size, or a number (default: any)"
     )
@@ -207,6 +221,9 @@ def _add_build(command: Any) -> None:
     build.add_argument("--subspaces", type=_count, help="codes a row")
     build.add_argument("--codewords", type=_count, default=16, help="default: %(default)s")
     build.add_argument(
+        "--scanned-dim", type=_count, metavar="P", help="principal dimensions that codes are of"
+    )
+    build.add_argument(
         "--threshold", type=float, metavar="T", help="of the score-aware loss, in units of <q, x>"
     )
     build.add_argument(
@@ -243,8 +260,8 @@ def _add_searching(command: Any) -> None:
     tune = command(
         "tune",
         "the cheapest settings that reach a recall",
-        "Find the cheapest --leaves and --rescore that reach a recall. Half of the queries\n"
-        "choose, the other half gives the recall and its 95 % interval.",
+        "Find the cheapest --leaves, --rescore and --adaptive that reach a recall. Half of the\n"
+        "queries choose, the other half gives the recall and its 95 % interval.",
         "  avq-jax tune glove.index glove-100.hdf5 --target-recall 0.95 --first 1000",
     )
     tune.add_argument("--target-recall", type=_fraction, default=0.95, help="default: %(default)s")
@@ -270,6 +287,7 @@ def _add_searching(command: Any) -> None:
         if each is not tune:
             each.add_argument("--leaves", type=_count, help="leaves searched")
             each.add_argument("--rescore", type=_from_zero, help="rows rescored, 0 for none")
+            each.add_argument("--adaptive", type=_from_zero_float, help=_ADAPTIVE)
         if each in (evaluate, tune):
             each.add_argument("--truth", metavar="FILE", help="true row numbers, .ivecs or .npy")
 

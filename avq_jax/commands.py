@@ -79,6 +79,7 @@ def build(args: argparse.Namespace) -> Report:
             num_leaves=args.leaves,
             num_subspaces=args.subspaces,
             num_codewords=args.codewords,
+            scanned_dim=args.scanned_dim,
             weight=None if args.threshold is None else avq_jax.Threshold(args.threshold),
             ids=ids,
             rescore_dtype=None if args.rescore_dtype == "none" else args.rescore_dtype,
@@ -102,10 +103,16 @@ def build(args: argparse.Namespace) -> Report:
     return Report(values, text + (f"\nskipped {skipped} malformed lines" if skipped else ""))
 
 
+def _effort(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "leaves_to_search": args.leaves, "rescore": args.rescore, "adaptive": args.adaptive
+    }  # fmt: skip
+
+
 def search(args: argparse.Namespace) -> Report:
     """Search an index for the queries of a file."""
     index = avq_jax.load(args.index)
-    find = avq_jax.searcher(index, k=args.k, leaves_to_search=args.leaves, rescore=args.rescore)
+    find = avq_jax.searcher(index, k=args.k, **_effort(args))
     ids, scores = [], []
     with _rows(args.queries, args) as queries:
         count = min(len(queries), args.first or len(queries))
@@ -178,7 +185,7 @@ def eval(args: argparse.Namespace) -> Report:
             raise ValueError("--truth must be given for an index without float rows")
         rows = np.asarray(index.store.rows).astype(np.float32, copy=False)
         truth = np.asarray(brute_force(queries, rows, k=k, metric=index.metric).ids)
-    find = avq_jax.searcher(index, k=k, leaves_to_search=args.leaves, rescore=args.rescore)
+    find = avq_jax.searcher(index, k=k, **_effort(args))
     ids = np.asarray(find(queries)[1])
     start = time.perf_counter()
     find(queries)
@@ -211,9 +218,7 @@ def explain(args: argparse.Namespace) -> Report:
         if args.query >= len(rows):
             raise ValueError(f"--query must be below the {len(rows)} queries; got {args.query}")
         query = np.asarray(rows[args.query : args.query + 1])[0]
-    found = avq_jax.explain(
-        index, query, args.id, k=args.k, leaves_to_search=args.leaves, rescore=args.rescore
-    )
+    found = avq_jax.explain(index, query, args.id, k=args.k, **_effort(args))
     values = {**found._asdict(), "copies": [copy._asdict() for copy in found.copies]}
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -241,12 +246,17 @@ def tune(args: argparse.Namespace) -> Report:
         "truth": where,
     }
     low, high = found.interval
-    lines = [f"{'leaves':>8}{'rescore':>9}{'recall':>9}{'us':>9}"]
+    lines = [f"{'leaves':>8}{'rescore':>9}{'adaptive':>10}{'recall':>9}{'us':>9}"]
     for trial in found.trials:
+        adaptive = "" if trial.adaptive is None else f"{trial.adaptive:g}"
         cost = "" if trial.seconds is None else f"{trial.seconds * 1e6:.0f}"
-        lines.append(f"{trial.leaves_to_search:>8}{trial.rescore:>9}{trial.recall:>9.4f}{cost:>9}")
+        lines.append(
+            f"{trial.leaves_to_search:>8}{trial.rescore:>9}{adaptive:>10}{trial.recall:>9.4f}"
+            f"{cost:>9}"
+        )
+    more = "" if found.adaptive is None else f" --adaptive {found.adaptive:g}"
     lines.append(
-        f"cheapest: --leaves {found.leaves_to_search} --rescore {found.rescore}, "
+        f"cheapest: --leaves {found.leaves_to_search} --rescore {found.rescore}{more}, "
         f"{found.seconds * 1e6:.0f} us a query; recall {args.k}@{args.k} {found.recall:.4f} "
         f"(95 % interval {low:.4f} to {high:.4f}) on queries it was not chosen on"
     )
@@ -262,8 +272,7 @@ def export(args: argparse.Namespace) -> Report:
         args.target,
         batch=int(args.batch) if args.batch.isdecimal() else args.batch,
         k=args.k,
-        leaves_to_search=args.leaves,
-        rescore=args.rescore,
+        **_effort(args),
         platforms=("cpu",) if args.kernel else tuple(args.platforms.split(",")),
         implementation="cpu" if args.kernel else "xla",
     )

@@ -42,25 +42,28 @@ def avq_sides(x, rescore_dtype):
     built = time.process_time() - begin
     settings = [(2, 25), (3, 30), (4, 35), (5, 40), (7, 45), (9, 50), (11, 55), (14, 65), (18, 75)]
     settings += [(22, 85), (27, 100), (34, 130), (42, 160), (52, 190), (64, 230), (90, 260)]
+    # Adaptive effort, the third number, pays at high recall.
+    settings += [(60, 90, 3.5), (80, 100, 3.75), (110, 110, 3.75), (110, 120, 4.0), (160, 150, 4.0)]
+
+    def options(setting):
+        names = ("leaves_to_search", "rescore", "adaptive")
+        return {"k": 10, **dict(zip(names, setting, strict=False))}
 
     def handle(setting):
-        find = avq_jax.searcher(index, k=10, leaves_to_search=setting[0], rescore=setting[1])
+        find = avq_jax.searcher(index, **options(setting))
         return lambda q: find(q).ids, lambda q: find(q).ids
 
     def eager(setting):
         def find(q):
-            a, r = setting
-            return np.asarray(avq_jax.search(index, q, k=10, leaves_to_search=a, rescore=r).ids)
+            return np.asarray(avq_jax.search(index, q, **options(setting)).ids)
 
         return find, find
 
     def in_jit(setting):
-        a, r = setting
-
         @jax.jit
         def many(index, queries):
             def one(q):
-                return avq_jax.search(index, q, k=10, leaves_to_search=a, rescore=r).ids
+                return avq_jax.search(index, q, **options(setting)).ids
 
             return jax.lax.map(one, queries)
 

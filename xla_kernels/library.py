@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import jax
 
-#: Must equal `XLA_KERNELS_ABI` of csrc/ffi.cc: a library of another version is not used.
-ABI = 1
+#: Must equal `xla_kernels_abi` of csrc/ffi_adc.cc: a library of another version is not used.
+ABI = 2
 
 #: FFI targets, each a C symbol of the same name.
 TARGETS = (

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from avq_jax.checks import as_rows, is_traced
 from avq_jax.loss import row_norms, scaling
 from avq_jax.mips import Index
+from avq_jax.mips.placing import scanned
 from avq_jax.mips.rescoring import store_rows
 from avq_jax.quantization import encode
 from xla_kernels import pack_codes, slots_per_block, unpack_codes
@@ -74,12 +77,13 @@ def _encoded(index: Index, ids: np.ndarray, rows: np.ndarray) -> Any:
     which = which[slots]
     block = slots_per_block(packed.codes.num_codewords)
     leaves = np.searchsorted(np.asarray(packed.starts), slots // block, side="right") - 1
-    direction = rows[which]
+    seen = scanned(index.tree, jnp.asarray(rows), index.weight, index.metric)
+    direction = np.asarray(seen.rows)[which]
     # Encoded at a size that is a power of two: few shapes, few compilations.
     pad = (1 << max(len(slots) - 1, 255).bit_length()) - len(slots)
     residual = direction - np.asarray(packed.centroids)[leaves]
     residual, direction = (np.pad(a, ((0, pad), (0, 0))) for a in (residual, direction))
-    weights = scaling(index.weight, row_norms(direction), dim=index.dim)
+    weights = jax.tree.map(lambda a: jnp.pad(a[which], (0, pad), constant_values=1), seen.scaling)
     found = encode(index.tree.codebook, residual, weights, direction=direction).codes
     codes = np.array(unpack_codes(packed.codes))
     codes[slots] = np.asarray(found)[: len(slots)]

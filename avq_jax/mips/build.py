@@ -15,7 +15,16 @@ from avq_jax.checks import as_count, as_rows, is_traced
 from avq_jax.loss import Threshold, Uniform, Weight, row_norms
 from avq_jax.mips.exact import METRICS
 from avq_jax.mips.index import Index, pack_ids
-from avq_jax.mips.learning import FLAT_ROWS, as_pytree, build_tree, loss_terms, tree_sizes
+from avq_jax.mips.learning import (
+    FLAT_ROWS,
+    as_pytree,
+    build_tree,
+    group_count,
+    loss_terms,
+    scanned_terms,
+    tree_sizes,
+)
+from avq_jax.mips.projection import METHODS, learn_projection
 from avq_jax.mips.rescoring import StoreType, check_store_type, store_rows
 from avq_jax.progress import shown
 from avq_jax.quantization.codebook import check_magnitude
@@ -49,6 +58,9 @@ def build(
     soar_lambda: float | Literal["auto"] | None = "auto",
     balance: float | None = None,
     spherical: bool = False,
+    num_groups: int | Literal["auto"] | None = "auto",
+    scanned_dim: int | None = None,
+    projection: Literal["pca", "prefix"] = "pca",
     leaves_to_search: int | None = None,
     rescore_dtype: StoreType | None = "float32",
     num_iterations: int = 10,
@@ -86,6 +98,15 @@ def build(
         sizes as k-means makes them, which finds more in as many codes.
       spherical: k-means with centroids of length 1, for rows that differ in direction alone. As
         without, leaves are ranked by Theorem 4.2 and rows coded from the means.
+      num_groups: G groups of neighbouring leaves, an upper level of the tree: a query ranks the
+        groups, and then the leaves of the best of them, sixteen times as many as it probes.
+        ``None`` ranks all leaves; ``"auto"`` takes sqrt(L) groups from 4,096 leaves on.
+      scanned_dim: p; leaves and codes are of a projection of the rows to p dimensions, which makes
+        ranking and scanning cheaper and codes finer, while rescoring has the whole rows. Rows are
+        lengthened inside the projection such that the score-aware loss is that of the whole rows.
+        ``None`` takes d.
+      projection: ``"pca"``, principal axes, or ``"prefix"``, the first p coordinates, for
+        embeddings trained to be cut short (Matryoshka).
       leaves_to_search: default effort of ``search``; ``None`` takes a tenth of the leaves.
       rescore_dtype: storage of the rescoring rows, ``"float32"``, ``"bfloat16"``, ``"int8"``, or
         ``None`` to keep none.
@@ -131,15 +152,21 @@ def build(
         raise ValueError(f"balance must be None or a finite number above 1; got {balance}")
     if leaves_to_search is not None:
         as_count(leaves_to_search, name="leaves_to_search")
+    if not isinstance(projection, str) or projection not in METHODS:
+        raise ValueError(f"projection must be one of {', '.join(METHODS)}; got {projection!r}")
     weight = None if weight is None else as_pytree(weight)
     x = np.asarray(as_rows(x, name="x"))
     check_magnitude(x)
     n, d = x.shape
     if isinstance(soar_lambda, str):
         soar_lambda = 1.0 if n >= FLAT_ROWS and metric != "l2" else None
+    width = d if scanned_dim is None else as_count(scanned_dim, name="scanned_dim")
+    if width > d:
+        raise ValueError(f"scanned_dim must be at most the width of x, {d}; got {width}")
     sizes = tree_sizes(
-        n, d, num_leaves, num_subspaces, num_codewords, spilled=soar_lambda is not None
+        n, width, num_leaves, num_subspaces, num_codewords, spilled=soar_lambda is not None
     )
+    num_groups = group_count(num_groups, 0 if sizes is None else sizes[0])
     if sizes is None and rescore_dtype is None:
         raise ValueError(
             f"rescore_dtype must not be None where rows are scored exactly, as {n} rows are here; "
@@ -158,10 +185,15 @@ def build(
     terms = loss_terms(weight, norms, x, metric)
     if sizes is not None:
         leaves, m = sizes
+        axes = None
+        if scanned_dim is not None:
+            some = x[:: -(-n // sample_size)]
+            axes = learn_projection(some, width, method=projection, centered=metric == "l2")
+        seen, seen_terms = scanned_terms(axes, width, weight, norms, x, metric=metric)
         tree = build_tree(
             key,
-            x,
-            terms,
+            seen,
+            seen_terms,
             metric=metric,
             num_leaves=leaves,
             num_subspaces=m,
@@ -171,8 +203,9 @@ def build(
             soar_lambda=soar_lambda,
             balance=balance,
             spherical=spherical,
+            num_groups=num_groups,
             progress=progress,
-        )
+        )._replace(projection=axes)
     count = 0 if tree is None else tree.centroids.shape[0]
     index = Index(
         tree=tree,

@@ -82,8 +82,9 @@ def _lay_out_again(tree: Tree, held: Held, rows: np.ndarray, room: np.ndarray | 
         offset[entries >= 0] = held.offset[entries[entries >= 0]]
     slots = np.full(len(entries), -1, np.int32)
     slots[entries >= 0] = rows[at[entries >= 0]]
-    return Tree(
-        xla_kernels.pack_tree(
+    groups = packed.groups
+    return tree._replace(
+        packed=xla_kernels.pack_tree(
             packed.centroids,
             layout.starts,
             slots,
@@ -92,6 +93,7 @@ def _lay_out_again(tree: Tree, held: Held, rows: np.ndarray, room: np.ndarray | 
             ranking=packed.ranking,
             leaf_offset=tree.leaf_offset,
             slot_offset=offset,
+            groups=None if groups is None else (groups.vectors, groups.starts),
         )
     )
 

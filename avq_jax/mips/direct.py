@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from avq_jax.checks import as_queries, is_traced
-from avq_jax.mips.index import Index
+from avq_jax.mips.index import Index, Tree
 from xla_kernels import direct_tree_search
 
 __all__ = ["DIRECT_QUERIES", "bind", "bound", "host_queries"]
@@ -83,15 +83,35 @@ def bind(index: Index, effort: Any) -> Callable | None:
         rows=index.store.rows if effort.rescore else None,
         row_scale=index.store.scale if effort.rescore else None,
         euclidean=index.metric == "l2",
+        deviations=effort.adaptive,
+        retrieve=effort.retrieve,
     )
-    if run is None or index.metric != "cosine":
+    if run is None:
+        return None
+    if index.tree.width < index.dim or index.tree.projection is not None:
+        run = _scanned(run, index.tree)
+    if index.metric != "cosine":
         return run
 
     def cosine(queries: np.ndarray) -> Any:
         peak = np.abs(queries).max(axis=1, keepdims=True, initial=0)
-        scaled = queries / np.where(peak > 0, peak, 1)
-        norms = np.sqrt(np.einsum("bd,bd->b", scaled, scaled))
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # a query that is not finite finds nothing
+            scaled = queries / np.where(peak > 0, peak, 1)
+            norms = np.sqrt(np.einsum("bd,bd->b", scaled, scaled))
             return run(scaled / np.where(norms > 0, norms, 1)[:, None])
 
     return cosine
+
+
+def _scanned(run: Callable, tree: Tree) -> Callable:
+    """The kernel for queries of all dimensions, where the tree has fewer."""
+    width = tree.width
+    axes = None if tree.projection is None else np.asarray(tree.projection)
+
+    def find(queries: np.ndarray) -> Any:
+        # A query that is not finite finds nothing, and need not be told of twice.
+        with np.errstate(invalid="ignore", over="ignore"):
+            seen = queries[:, :width] if axes is None else queries @ axes
+        return run(np.ascontiguousarray(seen, np.float32), queries)
+
+    return find

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,9 +11,12 @@ import numpy as np
 from avq_jax.checks import as_count, as_queries, as_rows
 from avq_jax.loss import residuals
 from avq_jax.mips.index import Index
-from avq_jax.mips.searcher import effort_of, search
+from avq_jax.mips.projection import lift
+from avq_jax.mips.searcher import Effort, effort_of, search
 from avq_jax.quantization import decode
 from xla_kernels import code_rows
+from xla_kernels.tree_search.effort import SURE_LEAVES
+from xla_kernels.tree_search.xla import SPARE, highest_estimates
 
 __all__ = ["Copy", "Explanation", "explain"]
 
@@ -20,7 +24,8 @@ _CHUNK = 1 << 16
 
 _STAGES = {
     "returned": "returned",
-    "pruning": "lost to pruning: none of its leaves was probed; raise leaves_to_search",
+    "pruning": "lost to pruning: none of its leaves was probed; raise leaves_to_search (or "
+    "adaptive)",
     "quantization": "lost to quantization: its leaf was probed, but its codes scored it below the "
     "candidates that were rescored; raise rescore",
     "rescoring": "lost to rescoring: it was a candidate, but the stored row scores below the "
@@ -115,6 +120,8 @@ def explain(
     k: int = 10,
     leaves_to_search: int | None = None,
     rescore: int | None = None,
+    adaptive: float | None = None,
+    overretrieve: float | None = None,
 ) -> Explanation:
     """Tell why a search does or does not return a row.
 
@@ -126,6 +133,8 @@ def explain(
       k: of the search to be explained.
       leaves_to_search: likewise.
       rescore: likewise.
+      adaptive: likewise.
+      overretrieve: likewise.
 
     Returns:
       :class:`Explanation`. Leaves are ranked in float32 here, where the compiled kernel ranks in
@@ -147,7 +156,7 @@ def explain(
     """
     if not isinstance(index, Index):
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
-    effort = effort_of(index, k, leaves_to_search, rescore, None)
+    effort = effort_of(index, k, leaves_to_search, rescore, None, adaptive, overretrieve)
     queries, single = as_queries(query, width=index.dim)
     if not single or not np.isfinite(queries).all():
         raise ValueError(f"query must be one finite row of width {index.dim}; got {query!r}")
@@ -163,17 +172,20 @@ def explain(
         x = _unit(x) if index.metric == "cosine" else x
 
     options: Any = {"k": effort.k, "leaves_to_search": effort.leaves_to_search or None}
-    found = search(index, queries[0], rescore=effort.rescore, **options)
+    found = search(
+        index, queries[0], rescore=effort.rescore, adaptive=adaptive, overretrieve=overretrieve,
+        **options,
+    )  # fmt: skip
     ids, last = np.asarray(found.ids), float(np.asarray(found.scores)[-1])
     exact = float(_score(index.metric, q, x[None])[0])
     own = None if stored is None else float(_score(index.metric, q, stored[None])[0])
     copies: tuple[Copy, ...] = ()
     bar = None
     if index.tree is not None:
-        copies = _copies(index, q, x, row, effort.leaves_to_search)
         wide = {**options, "k": max(effort.rescore, effort.k)}
         estimates = np.asarray(search(index, queries[0], rescore=0, **wide).scores)
         bar = float(estimates[-1])
+        copies = _copies(index, q, x, row, effort)
     place = int(np.argmax(ids == row)) + 1 if (ids == row).any() else None
     rank = None if own is None else _rank(index, q, own)
     if place:
@@ -231,7 +243,7 @@ def _rank(index: Index, q: np.ndarray, score: float) -> int:
 
 
 def _copies(
-    index: Index, q: np.ndarray, x: np.ndarray, row: int, leaves_to_search: int
+    index: Index, q: np.ndarray, x: np.ndarray, row: int, effort: Effort
 ) -> tuple[Copy, ...]:
     tree = index.tree
     slots = np.flatnonzero(np.asarray(tree.packed.slot_rows) == row)
@@ -240,7 +252,9 @@ def _copies(
     codes = code_rows(tree.packed.codes, jnp.asarray(slots))
     centroids = np.asarray(tree.centroids)
     near = centroids[leaves] + np.asarray(decode(tree.codebook, codes))
-    parallel, across = residuals(jnp.broadcast_to(x, near.shape), near)
+    whole = lift(tree.projection, len(x), jnp.asarray(near))
+    parallel, across = residuals(jnp.broadcast_to(x, whole.shape), whole)
+    q = np.asarray(tree.scanned(q))
     estimates = near @ q
     ranking = np.asarray(tree.ranking) @ q
     if index.metric == "l2":
@@ -250,9 +264,32 @@ def _copies(
     norm = max(float(np.linalg.norm(x)), float(np.finfo(np.float32).tiny))
     along = np.asarray(parallel) @ x / norm
     across = np.linalg.norm(np.asarray(across), axis=1)
-    columns = (leaves, ranks, ranks <= leaves_to_search, estimates, along, across)
+    probed = ranks <= effort.leaves_to_search
+    if effort.adaptive is not None:
+        probed &= (ranks <= SURE_LEAVES) | _reached(index, q, leaves, effort, effort.adaptive)
+    columns = (leaves, ranks, probed, estimates, along, across)
     kinds = (int, int, bool, float, float, float)
     return tuple(
         Copy(*(kind(value) for kind, value in zip(kinds, values, strict=True)))
         for values in sorted(zip(*columns, strict=True), key=lambda c: c[1])
+    )
+
+
+def _reached(
+    index: Index, seen: np.ndarray, leaves: np.ndarray, effort: Effort, deviations: float
+) -> np.ndarray:
+    """Whether adaptive effort probes leaves beyond the first, for a query as it is scanned."""
+    packed = index.tree.packed
+    flat = dataclasses.replace(
+        index, tree=index.tree._replace(projection=None), store=None, dim=index.tree.width
+    )
+    kept = effort.retrieve or effort.rescore or 2 * effort.k + SPARE
+    first = search(flat, seen, k=kept, leaves_to_search=SURE_LEAVES, rescore=0).scores
+    bar = float(np.asarray(first)[-1])
+    if index.metric == "l2":
+        bar = (bar + float(seen @ seen)) / 2
+    mean = packed.centroids[leaves] @ jnp.asarray(seen)
+    numbers = jnp.asarray(leaves)
+    return np.asarray(
+        highest_estimates(packed, jnp.asarray(seen), numbers, mean, deviations) >= bar
     )

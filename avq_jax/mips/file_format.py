@@ -10,10 +10,14 @@ Tensors, by name (n rows, d width, m subspaces, k codewords, L leaves):
 ``leaves``     I32 ``[n c]``                   leaf of each row (and of each of its c copies where
                                                ``codec.copies`` is c); from here on absent without
                                                tree, and of n c entries where said of rows
-``centroids``  F32 ``[L, d]``
-``ranking``    F32 ``[L, d]``, where leaves are not ranked by their centroids
+``centroids``  F32 ``[L, p]``                  p is ``scanned_dim``, or d without it
+``ranking``    F32 ``[L, p]``, where leaves are not ranked by their centroids
+``groups``     F32 ``[G, p]``, where leaves lie in groups
+``group_starts``  I32 ``[G + 1]``              first leaf of each
+``projection``  F32 ``[d, p]``                 axes of the p dimensions, absent where these are the
+                                               first of d
 ``leaf_offset``  F32 ``[L]``                   l2 only
-``codewords``  F32 ``[m, k, ceil(d / m)]``
+``codewords``  F32 ``[m, k, ceil(p / m)]``
 ``offset``     F32 ``[n]``                     l2 only
 ``codes``      U8 ``[n, m]``; k <= 16: U8      at k <= 16 byte j holds subspace 2j in its low half
                ``[n, ceil(m / 2)]``            and subspace 2j + 1 in its high half (0 if none)
@@ -52,8 +56,8 @@ __all__ = [
 
 FORMAT_VERSION = 1
 TENSORS = (
-    "rows", "scale", "ids", "leaves", "centroids", "ranking", "leaf_offset", "codewords", "offset",
-    "codes",
+    "rows", "scale", "ids", "leaves", "centroids", "ranking", "groups", "group_starts",
+    "projection", "leaf_offset", "codewords", "offset", "codes",
 )  # fmt: skip
 # Name in the file: class and its parameters.
 _WEIGHTS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -127,6 +131,9 @@ def arrays_of(index: Index) -> dict[str, np.ndarray]:
             leaves=rows.leaves.reshape(-1),
             centroids=tree.centroids,
             ranking=tree.packed.ranking if tree.packed.ranking.shape[0] else None,
+            groups=None if tree.packed.groups is None else tree.packed.groups.vectors,
+            group_starts=None if tree.packed.groups is None else tree.packed.groups.starts,
+            projection=tree.projection,
             leaf_offset=tree.leaf_offset,
             codewords=tree.codebook.codewords,
             offset=None if rows.offset is None else rows.offset.reshape(-1),
@@ -173,6 +180,11 @@ def header_of(index: Index, specs: Mapping[str, Spec]) -> dict[str, Any]:
         "dim": index.dim,
         "num_leaves": index.num_leaves,
         "leaves_to_search": index.leaves_to_search,
+        **(
+            {}
+            if index.tree is None or index.tree.width == index.dim
+            else {"scanned_dim": index.tree.width}
+        ),
         "codec": codec,
         "weight": _weight_to_json(index.weight),
         "tensors": {
@@ -244,7 +256,7 @@ def check_header(header: Mapping[str, Any], where: str) -> dict[str, Spec]:
     need(isinstance(tensors, dict), "tensors is an object")
     need(tensors and set(tensors) <= set(TENSORS), f"tensors are among {TENSORS}")
     shapes: dict[str, tuple[int, ...]] = {}
-    kinds: dict[str, Any] = {"leaves": "I32", "codes": "U8", "ids": "U32"}
+    kinds: dict[str, Any] = {"leaves": "I32", "group_starts": "I32", "codes": "U8", "ids": "U32"}
     if "rows" in tensors:
         shapes["rows"] = (n, d)
         kinds["rows"] = tensors["rows"].get("dtype") if isinstance(tensors["rows"], dict) else ""
@@ -260,10 +272,19 @@ def check_header(header: Mapping[str, Any], where: str) -> dict[str, Spec]:
         m, k = count(codec, "num_subspaces", 1, _MOST_ROWS), count(codec, "num_codewords", 1, 256)
         need(L >= 1, "codes lie in leaves")
         entries = n * (count(codec, "copies", 2, 64) if "copies" in codec else 1)
-        shapes |= {"leaves": (entries,), "centroids": (L, d), "codewords": (m, k, -(-d // m))}
+        p = count(header, "scanned_dim", 1, d) if "scanned_dim" in header else d
+        shapes |= {"leaves": (entries,), "centroids": (L, p), "codewords": (m, k, -(-p // m))}
         shapes["codes"] = (entries, -(-m // 2) if k <= 16 else m)
         if "ranking" in tensors:
-            shapes["ranking"] = (L, d)
+            shapes["ranking"] = (L, p)
+        if "projection" in tensors:
+            shapes["projection"] = (d, p)
+        if "groups" in tensors:
+            upper: Any = tensors["groups"]
+            size = upper.get("shape") if isinstance(upper, dict) else None
+            need(isinstance(size, list) and size, "groups have a shape")
+            G = count({"groups": (size or [0])[0]}, "groups", 1, L)
+            shapes |= {"groups": (G, p), "group_starts": (G + 1,)}
         if metric == "l2":
             shapes |= {"leaf_offset": (L,), "offset": (entries,)}
     need(set(shapes) == set(tensors), f"the tensors are {sorted(shapes)}")
@@ -294,7 +315,8 @@ def index_of(
             raise IndexFormatError(f"{where} is damaged: {name} must be {rule}")
 
     weight = _weight_from_json(header.get("weight"), weight, where)
-    for name in ("centroids", "ranking", "codewords", "leaf_offset", "offset", "scale"):
+    floats = ("centroids", "ranking", "groups", "projection", "codewords", "leaf_offset", "offset")
+    for name in (*floats, "scale"):
         if name in arrays:
             need(np.isfinite(arrays[name]).all(), name, "finite")
     n, tree, store = header["num_rows"], None, None
@@ -313,14 +335,22 @@ def index_of(
         if (copies := header["codec"].get("copies", 1)) > 1:
             leaves, codes = leaves.reshape(n, copies), codes.reshape(n, copies, m)
             offset = None if offset is None else offset.reshape(n, copies)
+        groups, axes = None, arrays.get("projection")
+        if "groups" in arrays:
+            starts = arrays["group_starts"]
+            rising = starts[0] == 0 and starts[-1] == L and (np.diff(starts) >= 0).all()
+            need(rising, "group_starts", f"rising from 0 to {L}")
+            groups = (arrays["groups"], starts)
         tree = pack_tree(
             jnp.asarray(arrays["centroids"]),
             leaves,
-            Codebook(jnp.asarray(arrays["codewords"]), header["dim"]),
+            Codebook(jnp.asarray(arrays["codewords"]), arrays["centroids"].shape[1]),
             codes,
             offset,
             ranking=arrays.get("ranking"),
             leaf_offset=None if leaf_offset is None else jnp.asarray(leaf_offset),
+            groups=groups,
+            projection=None if axes is None else jnp.asarray(axes),
         )
     if "rows" in arrays:
         scale = arrays.get("scale")

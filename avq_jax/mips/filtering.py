@@ -119,7 +119,8 @@ def restrict_tree(
     usual = packed.leaf_offset if packed.leaf_offset.shape[0] else jnp.float32(0)
     offset = jnp.where(left > 0, usual, _LAST).astype(jnp.float32)
     share = mean(left) / jnp.maximum(mean(in_leaves(packed.usable[0])), 1)
-    return packed._replace(usable=usable[None], leaf_offset=offset), share
+    # Groups do not tell which of their leaves are left, so all leaves are ranked.
+    return packed._replace(usable=usable[None], leaf_offset=offset, groups=None), share
 
 
 def filtered_search(

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt32
 
+from avq_jax.mips.projection import project
 from avq_jax.quantization import Codebook
 from xla_kernels import PackedTree
 
@@ -52,9 +53,21 @@ class Tree(NamedTuple):
     Attributes:
       packed: what a scan reads, in the layout of this machine; see
         :class:`xla_kernels.PackedTree`.
+      projection: ``float32[d, p]`` axes along which rows are quantized and queries scanned, or
+        ``None``: the first coordinates, as many as centroids have, of which most trees have all.
     """
 
     packed: PackedTree
+    projection: Any = None
+
+    @property
+    def width(self) -> int:
+        """Dimensions that are scanned, p."""
+        return self.packed.centroids.shape[1]
+
+    def scanned(self, x: Any) -> Any:
+        """Rows or queries ``[..., d]`` in the dimensions that are scanned, ``[..., p]``."""
+        return project(self.projection, self.width, x)
 
     @property
     def centroids(self) -> Any:
@@ -140,11 +153,15 @@ class Index:
 
         if self.tree is None:
             return BytesPerRow(0.0, 0.0, each(self.store), each(self.ids), 0.0)
-        packed = self.tree.packed
+        packed, projection = self.tree.packed, self.tree.projection
         slots = (packed.slot_rows, packed.usable, packed.slot_offset)
         codes, places = each(packed.codes), each(*slots)
         return BytesPerRow(
-            codes, places, each(self.store), each(self.ids), each(packed) - codes - places
+            codes,
+            places,
+            each(self.store),
+            each(self.ids),
+            each(packed, projection) - codes - places,
         )
 
     @property
@@ -158,8 +175,13 @@ class Index:
         if self.tree is None:
             return f"{head}, exact scoring of {kept} rows)"
         book = self.tree.codebook
+        kind = "first" if self.tree.projection is None else "principal"
+        scanned = "" if self.tree.width == self.dim else f", {self.tree.width} {kind} dimensions"
+        groups = self.tree.packed.groups
+        upper = "" if groups is None else f" in {groups.vectors.shape[0]} groups"
         return (
-            f"{head}, {self.num_leaves} leaves of which {self.leaves_to_search} are searched, "
+            f"{head}{scanned}, {self.num_leaves} leaves{upper} of which {self.leaves_to_search} "
+            "are searched, "
             f"codes {book.num_subspaces} x {book.num_codewords} ({self.code_bytes:g} bytes a row) "
             f"under {_printable(self.weight)}, rescoring rows {kept})"
         )

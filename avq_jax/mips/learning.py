@@ -12,17 +12,19 @@ import numpy as np
 from jaxtyping import Array
 
 from avq_jax.checks import as_count
-from avq_jax.loss import QueryTerms, Scaling, Weight, scaling
+from avq_jax.loss import QueryTerms, Scaling, Weight, row_norms, scaling
 from avq_jax.mips.balance import balanced_centroids, balanced_leaves
 from avq_jax.mips.index import Tree
 from avq_jax.mips.packing import pack_tree
 from avq_jax.mips.partition import (
     anisotropic_centroids,
     check_slots,
+    leaf_groups,
     nearest_centroids,
     spilled_leaves,
     train_centroids,
 )
+from avq_jax.mips.projection import scanned_rows
 from avq_jax.progress import steps
 from avq_jax.quantization import Codebook, decode, encode, fit
 from xla_kernels import slots_per_block
@@ -33,7 +35,9 @@ __all__ = [
     "as_pytree",
     "build_tree",
     "encode_leaves",
+    "group_count",
     "loss_terms",
+    "scanned_terms",
     "tree_sizes",
 ]
 
@@ -41,6 +45,8 @@ __all__ = [
 # codes, which loses no row to an unprobed leaf.
 _EXACT_ROWS = 20_000
 FLAT_ROWS = 50_000
+# From so many leaves on ranking them all takes longer than groups lose.
+_GROUPED_LEAVES = 4096
 # Fewest rows that a tree and codebooks are learned from.
 _LEAST_ROWS = 32
 _CHUNK = 1 << 17
@@ -96,6 +102,26 @@ def tree_sizes(
     return leaves, m
 
 
+def group_count(num_groups: Any, leaves: int) -> int | None:
+    """Groups of so many leaves: the number asked for, or by ``"auto"`` sqrt(L) of very many.
+
+    Raises:
+      ValueError: more groups than leaves, another word than ``"auto"``.
+
+    >>> group_count("auto", 1000), group_count("auto", 10_000), group_count(5, 1000)
+    (None, 100, 5)
+    """
+    if isinstance(num_groups, str):
+        if num_groups != "auto":
+            raise ValueError(f"num_groups must be a number, None or 'auto'; got {num_groups!r}")
+        return round(math.sqrt(leaves)) if leaves >= _GROUPED_LEAVES else None
+    if num_groups is not None and as_count(num_groups, name="num_groups") > leaves:
+        raise ValueError(
+            f"num_groups must be at most the number of leaves, {leaves}; got {num_groups}"
+        )
+    return num_groups
+
+
 def loss_terms(weight: Weight, norms: Any, x: Any, metric: str):
     """Make a function from row numbers to what ``fit`` and ``encode`` need of those rows."""
     d = x.shape[1]
@@ -120,6 +146,20 @@ def loss_terms(weight: Weight, norms: Any, x: Any, metric: str):
     return terms
 
 
+def scanned_terms(
+    projection: Any, width: int, weight: Weight, norms: Any, x: np.ndarray, *, metric: str
+):
+    """Rows as a tree of this projection quantizes them, and :func:`loss_terms` of those."""
+    if projection is None and width == x.shape[1]:
+        return x, loss_terms(weight, norms, x, metric)
+    if metric == "l2":
+        seen = np.asarray(scanned_rows(projection, width, x, None).rows)
+        return seen, loss_terms(weight, np.asarray(row_norms(seen)), seen, metric)
+    found = scanned_rows(projection, width, x, scaling(weight, norms, dim=x.shape[1]))
+    seen, each = jax.tree.map(np.asarray, found)
+    return seen, lambda i: {"scaling": Scaling(*(a[i] for a in each)), "direction": seen[i]}
+
+
 def build_tree(
     key: Array,
     x: np.ndarray,
@@ -135,13 +175,14 @@ def build_tree(
     progress: bool | None,
     balance: float | None = None,
     spherical: bool = False,
+    num_groups: int | None = None,
 ) -> Tree:
     """Leaves, codebook and codes of all rows; the arguments are those of :func:`avq_jax.build`.
 
     Args:
       key: a typed key.
-      x: ``[n, d]`` rows, of length 1 for ``"cosine"``.
-      terms: from :func:`loss_terms`.
+      x: ``[n, d]`` rows as they are quantized, of length 1 for ``"cosine"``.
+      terms: from :func:`loss_terms`, or :func:`scanned_terms`.
       metric: as of ``build``.
       num_leaves: L.
       num_subspaces: m.
@@ -152,6 +193,7 @@ def build_tree(
       progress: as of ``build``.
       balance: as of ``build``.
       spherical: as of ``build``.
+      num_groups: as of ``build``.
 
     Returns:
       :class:`avq_jax.mips.Tree`.
@@ -179,6 +221,18 @@ def build_tree(
         # Ranks leaves better. Residuals are coded from the means, which leaves less to code.
         near = nearest_centroids(sample, centroids) if leaves is None else leaves[picked]
         ranking = anisotropic_centroids(sample, near, centroids, eta=CENTROID_ETA)
+    groups = None
+    if num_groups is not None:
+        groups, order = leaf_groups(
+            jax.random.fold_in(key_tree, 1),
+            centroids if ranking is None else ranking,
+            num_groups=num_groups,
+            eta=1.0 if metric == "l2" else CENTROID_ETA,
+        )
+        centroids = centroids[order]
+        ranking = None if ranking is None else ranking[order]
+        leaves = None if leaves is None else np.argsort(order).astype(np.int32)[leaves]
+    if ranking is not None:
         leaves = nearest_centroids(x, ranking) if leaves is None else leaves
         centroids = anisotropic_centroids(sample, leaves[picked], centroids, eta=1.0)
     if leaves is None:
@@ -200,7 +254,7 @@ def build_tree(
 
     if soar_lambda is None or len(center) < 2:
         codes, offset = encode_leaves(x, leaves, center, codebook, terms, metric, progress)
-        return pack_tree(centroids, leaves, codebook, codes, offset, ranking=ranking)
+        return pack_tree(centroids, leaves, codebook, codes, offset, ranking=ranking, groups=groups)
     vectors = centroids if ranking is None else ranking
     second = spilled_leaves(x, leaves, vectors, soar_lambda=soar_lambda)
     pairs = [
@@ -210,7 +264,7 @@ def build_tree(
     codes = np.stack([codes for codes, _ in pairs], axis=1)
     offset = None if metric != "l2" else np.stack([offset for _, offset in pairs], axis=1)
     both = np.stack([leaves, second], axis=1)
-    return pack_tree(centroids, both, codebook, codes, offset, ranking=ranking)
+    return pack_tree(centroids, both, codebook, codes, offset, ranking=ranking, groups=groups)
 
 
 def encode_leaves(

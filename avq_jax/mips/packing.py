@@ -42,6 +42,8 @@ def pack_tree(
     *,
     ranking: Any = None,
     leaf_offset: Any = None,
+    groups: Any = None,
+    projection: Any = None,
 ) -> Tree:
     """Lay coded rows out by leaf, in blocks.
 
@@ -53,6 +55,8 @@ def pack_tree(
       offset: ``float32[n]`` or ``[n, c]``, term of each row (L2), or ``None``.
       ranking: ``float32[L, d]`` vectors that rank leaves; ``None`` for the centroids.
       leaf_offset: ``float32[L]``; ``None`` makes it from the centroids where there are offsets.
+      groups: vectors ``[G, d]`` and first leaves ``[G + 1]`` of groups of leaves, or ``None``.
+      projection: of the rows before all this.
 
     Returns:
       The :class:`Tree`; :func:`coded_rows` gives the arguments back.
@@ -75,8 +79,9 @@ def pack_tree(
         ranking=ranking,
         leaf_offset=leaf_offset,
         slot_offset=offset,
+        groups=groups,
     )
-    return Tree(packed)
+    return Tree(packed, projection)
 
 
 def coded_rows(tree: Tree, num_rows: int) -> CodedRows:

@@ -20,6 +20,7 @@ __all__ = [
     "check_slots",
     "k_means_step",
     "lay_out",
+    "leaf_groups",
     "nearest_centroids",
     "spill_losses",
     "spilled_leaves",
@@ -180,6 +181,29 @@ def nearest_centroids(x: Any, centroids: Float[Array, "L d"]) -> Int32[np.ndarra
         start = max(0, min(start, n - _CHUNK))
         leaves[start : start + _CHUNK] = _assign(jnp.asarray(x[start : start + _CHUNK]), centroids)
     return leaves
+
+
+def leaf_groups(
+    key: Array, vectors: Float[Array, "L d"], *, num_groups: int, eta: float
+) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """The upper level of a tree: k-means of the vectors that rank leaves.
+
+    Args:
+      key: a typed key.
+      vectors: ``[L, d]``.
+      num_groups: G, at most L.
+      eta: as of :func:`anisotropic_centroids`, of the vectors that rank groups.
+
+    Returns:
+      The groups, their vectors ``float32[G, d]`` and first leaves ``int32[G + 1]``, and the order
+      of leaves ``int[L]`` that puts those of a group together.
+    """
+    means = train_centroids(key, vectors, num_leaves=num_groups, num_iterations=20)
+    group = nearest_centroids(vectors, means)
+    order = np.argsort(group, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=num_groups))])
+    best = anisotropic_centroids(vectors, group, means, eta=eta)
+    return (np.asarray(best), starts.astype(np.int32)), order
 
 
 def check_slots(num_slots: int) -> None:

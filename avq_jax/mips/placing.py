@@ -12,11 +12,12 @@ from jaxtyping import Array, Bool, Float, Int32
 from avq_jax.loss import QueryTerms, Scaling, row_norms, scaling
 from avq_jax.mips.index import Tree
 from avq_jax.mips.partition import spill_losses
+from avq_jax.mips.projection import Scanned, scanned_rows
 from avq_jax.mips.rescoring import Store
 from avq_jax.quantization import decode, encode
 from xla_kernels.layout import put_code_rows
 
-__all__ = ["Place", "clear", "coded", "place", "put_rows", "put_slots"]
+__all__ = ["Place", "clear", "coded", "place", "put_rows", "put_slots", "scanned"]
 
 # Leaves a row may go to, nearest first, before it is refused.
 _CHOICES = 8
@@ -35,8 +36,8 @@ def clear(tree: Tree, rows: Int32[Array, " b"], num_rows: int) -> Tree:
     packed = tree.packed
     gone = jnp.zeros(num_rows, bool).at[jnp.where(rows >= 0, rows, num_rows)].set(True, mode="drop")
     freed = (packed.slot_rows >= 0) & gone[jnp.maximum(packed.slot_rows, 0)]
-    return Tree(
-        packed._replace(
+    return tree._replace(
+        packed=packed._replace(
             slot_rows=jnp.where(freed, -1, packed.slot_rows),
             usable=packed.usable & ~freed[None, :],
         )
@@ -71,7 +72,7 @@ def place(
     Args:
       tree: whose leaves.
       slot_rows: what its slots hold now.
-      x: ``[b, d]`` rows.
+      x: ``[b, p]`` rows, as they are scanned.
       active: rows that want a slot.
       first: their first leaves, if this is the second copy of each (SOAR).
       soar_lambda: of the second copy.
@@ -114,16 +115,24 @@ def place(
     return Place(leaves, slots)
 
 
+def scanned(tree: Tree, x: Float[Array, "b d"], weight: Any, metric: str) -> Scanned:
+    """Rows as ``build`` quantizes them, and their scaling."""
+    if metric == "l2":
+        return scanned_rows(tree.projection, tree.width, x, None)
+    norms = row_norms(x)
+    norms = (norms > 0).astype(jnp.float32) if metric == "cosine" else norms
+    return scanned_rows(tree.projection, tree.width, x, scaling(weight, norms, dim=x.shape[1]))
+
+
 def coded(
-    tree: Tree, leaves: Int32[Array, " b"], x: Float[Array, "b d"], weight: Any, metric: str
+    tree: Tree, leaves: Int32[Array, " b"], rows: Scanned, weight: Any
 ) -> tuple[Array, Array | None]:
     """Codes ``uint8[b, m]`` of rows in their leaves and, for L2, offsets, as ``build`` has them."""
+    x = rows.rows
     residual = x - tree.centroids[leaves]
+    if rows.scaling is not None:
+        return encode(tree.codebook, residual, rows.scaling, direction=x).codes, None
     norms = row_norms(x)
-    if metric != "l2":
-        norms = (norms > 0).astype(jnp.float32) if metric == "cosine" else norms
-        terms: Any = {"scaling": scaling(weight, norms, dim=x.shape[1]), "direction": x}
-        return encode(tree.codebook, residual, **terms).codes, None
     # The lifted row (x, -||x||^2 / 2), whose last coordinate is not quantized.
     lifted = jnp.hypot(norms, 0.5 * norms * norms)
     each = scaling(weight, lifted, dim=x.shape[1] + 1)
@@ -150,7 +159,7 @@ def put_slots(
         packed = packed._replace(
             slot_offset=packed.slot_offset.at[at].set(offset, mode="drop"),
         )
-    return Tree(packed)
+    return tree._replace(packed=packed)
 
 
 def put_rows(

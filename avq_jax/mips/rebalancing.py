@@ -15,7 +15,8 @@ from avq_jax.checks import as_count, is_traced
 from avq_jax.loss import row_norms
 from avq_jax.mips.capacity import held_rows, with_room
 from avq_jax.mips.index import Index
-from avq_jax.mips.learning import build_tree, loss_terms
+from avq_jax.mips.learning import build_tree, scanned_terms
+from avq_jax.mips.placing import scanned
 from avq_jax.mips.rescoring import Store
 
 __all__ = ["Statistics", "rebalance", "statistics"]
@@ -103,7 +104,9 @@ def _drift(index: Index) -> Array:
         row = packed.slot_rows[slot]
         held = (inside & (row >= 0)).astype(jnp.float32)
         leaf = jnp.searchsorted(packed.starts, slot // packed.block, side="right") - 1
-        left = _stored(index.store, jnp.maximum(row, 0)) - packed.centroids[leaf]
+        x = _stored(index.store, jnp.maximum(row, 0))
+        x = scanned(index.tree, x, index.weight, index.metric).rows
+        left = x - packed.centroids[leaf]
         left = left * held[:, None]
         return (
             shift + jax.ops.segment_sum(left, leaf, leaves),
@@ -177,10 +180,15 @@ def rebalance(
     norms = np.asarray(row_norms(x))
     if index.metric == "cosine":
         norms = (norms > 0).astype(np.float32)
+    old, groups = index.tree, index.tree.packed.groups
+    # The axes stay: they were chosen for the data, not for the rows of a moment.
+    seen, terms = scanned_terms(
+        old.projection, old.width, index.weight, norms, x, metric=index.metric
+    )
     tree = build_tree(
         key,
-        x,
-        loss_terms(index.weight, norms, x, index.metric),
+        seen,
+        terms,
         metric=index.metric,
         num_leaves=leaves,
         num_subspaces=book.num_subspaces,
@@ -188,8 +196,9 @@ def rebalance(
         num_iterations=num_iterations,
         sample_size=sample_size,
         soar_lambda=soar_lambda,
+        num_groups=None if groups is None else groups.vectors.shape[0],
         progress=progress,
-    )
+    )._replace(projection=old.projection)
     searched = max(1, round(index.leaves_to_search * leaves / index.num_leaves))
     return dataclasses.replace(
         index, tree=with_room(tree, kept, index.num_rows), leaves_to_search=searched

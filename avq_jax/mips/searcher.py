@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,10 +49,18 @@ class Effort(NamedTuple):
     leaves_to_search: int
     rescore: int
     implementation: Implementation | None
+    adaptive: float | None = None
+    retrieve: int | None = None
 
 
 def effort_of(
-    index: Index, k: Any, leaves_to_search: Any, rescore: Any, implementation: Any
+    index: Index,
+    k: Any,
+    leaves_to_search: Any,
+    rescore: Any,
+    implementation: Any,
+    adaptive: Any = None,
+    overretrieve: Any = None,
 ) -> Effort:
     """Settings of a search, checked, with the defaults of the index."""
     k = as_count(k, name="k")
@@ -67,7 +77,20 @@ def effort_of(
         )
     if 0 < rescore < k:
         raise ValueError(f"rescore must be 0 (off) or at least k = {k}; got {rescore}")
-    return Effort(k, leaves, rescore, implementation)
+    if adaptive is not None:
+        if not (_is_number(adaptive) and adaptive >= 0):
+            raise ValueError(f"adaptive must be None or a number >= 0; got {adaptive!r}")
+        adaptive = float(adaptive)
+    retrieve = None
+    if overretrieve is not None:
+        if not (_is_number(overretrieve) and 1 <= overretrieve < math.inf):
+            raise ValueError(f"overretrieve must be None or a number >= 1; got {overretrieve!r}")
+        retrieve = math.ceil(overretrieve * rescore)
+    return Effort(k, leaves, rescore, implementation, adaptive, retrieve)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _as_mask(allowed: Any, b: Any, n: int) -> Any:
@@ -92,6 +115,8 @@ def search(
     k: int = 10,
     leaves_to_search: int | None = None,
     rescore: int | None = None,
+    adaptive: float | None = None,
+    overretrieve: float | None = None,
     allowed: Any = None,
     implementation: Implementation | None = None,
 ) -> SearchResult:
@@ -111,6 +136,16 @@ def search(
       rescore: candidates scored again from the stored rows; 0 turns it off, so that scores are
         estimates from the codes alone; ``None`` takes ``max(10 k, 100)``, or 0 without stored
         rows. An index without a tree always scores its stored rows.
+      adaptive: adaptive effort. After its four best leaves a query passes over those whose
+        estimates would have to lie more than so many standard deviations beyond their mean,
+        ``<q, c_l> + adaptive ||q|| s_l``, to reach the last of the candidates it has by then; s_l
+        is the deviation of a coordinate of the residuals of leaf l. With ``leaves_to_search`` far
+        above what most queries need, 3 to 3.5 probes many leaves for hard queries and few for easy
+        ones; ``None`` probes as many for all.
+      overretrieve: candidates kept by estimate, as a multiple (>= 1) of ``rescore``; the best
+        ``rescore`` distinct rows of them are rescored. For rows that lie in two leaves
+        (``soar_lambda``), whose copies would take two places. ``None`` is 2 for such rows where
+        ``rescore`` is below 3 k, else 1.
       allowed: boolean mask ``[n]`` or ``[b, n]`` of rows that may be returned. Where it allows
         few rows (n / 64, or 4,096 if that is more) they are scored exactly; where it allows more,
         up to 16 times as many leaves are probed, so that recall does not fall.
@@ -125,8 +160,8 @@ def search(
 
     Raises:
       TypeError: k, leaves_to_search or rescore not integers; allowed not boolean.
-      ValueError: another query width than the index, k below 1, 0 < rescore < k, a mask of the
-        wrong length.
+      ValueError: another query width than the index, k below 1, 0 < rescore < k, adaptive or
+        overretrieve out of range, a mask of the wrong length.
 
     >>> import avq_jax, jax
     >>> x = jax.random.normal(jax.random.key(0), (1000, 16))
@@ -141,11 +176,12 @@ def search(
     if not isinstance(index, Index):
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
     if allowed is None and type(queries) is np.ndarray and implementation in (None, "cpu"):
-        found = _few_from_host(index, queries, k, leaves_to_search, rescore)
+        settings = (k, leaves_to_search, rescore, adaptive, overretrieve)
+        found = _few_from_host(index, queries, settings)
         if found is not None:
             return found
     rows, single = as_queries(queries, width=index.dim)
-    effort = effort_of(index, k, leaves_to_search, rescore, implementation)
+    effort = effort_of(index, k, leaves_to_search, rescore, implementation, adaptive, overretrieve)
     mask = _as_mask(allowed, rows.shape[0], index.num_rows)
     result = _search(index, rows, mask, effort)
     return SearchResult(result.scores[0], result.ids[0]) if single else result
@@ -155,14 +191,12 @@ def search(
 _as_arrays = jax.jit(lambda result: result)
 
 
-def _few_from_host(
-    index: Index, queries: np.ndarray, k: Any, leaves_to_search: Any, rescore: Any
-) -> SearchResult | None:
+def _few_from_host(index: Index, queries: np.ndarray, settings: tuple) -> SearchResult | None:
     """Search eagerly without JAX's dispatch, which takes longer than a search."""
-    settings = (k, leaves_to_search, rescore)
-    if not all(value is None or type(value) is int for value in settings):
+    if not all(value is None or type(value) in (int, float) for value in settings):
         return None
-    find = bound(index, settings, lambda: effort_of(index, *settings, None))
+    k, leaves, rescore, *rest = settings
+    find = bound(index, settings, lambda: effort_of(index, k, leaves, rescore, None, *rest))
     if find is None:
         return None
     rows, single = host_queries(queries, index.dim)
@@ -231,9 +265,13 @@ def _search_tree(
 
 def _probe(index: Index, tree: PackedTree, q: Array, effort: Effort) -> tuple[Array, Array]:
     store = index.store if effort.rescore else None
+    seen = index.tree.scanned(q)
     scores, ids = tree_search(
         tree,
-        q,
+        seen,
+        row_queries=None if seen is q else q,
+        deviations=effort.adaptive,
+        retrieve=effort.retrieve,
         k=effort.k,
         leaves_to_search=effort.leaves_to_search,
         rescore=effort.rescore,
@@ -244,7 +282,7 @@ def _probe(index: Index, tree: PackedTree, q: Array, effort: Effort) -> tuple[Ar
     )
     if index.metric == "l2" and not effort.rescore:
         # <q, x> - ||x||^2 / 2 back to -||q - x||^2
-        scores = 2 * scores - jnp.sum(q * q, axis=1, keepdims=True)
+        scores = 2 * scores - jnp.sum(seen * seen, axis=1, keepdims=True)
     return scores, ids
 
 
@@ -291,6 +329,8 @@ def searcher(
     k: int = 10,
     leaves_to_search: int | None = None,
     rescore: int | None = None,
+    adaptive: float | None = None,
+    overretrieve: float | None = None,
     allowed: Any = None,
     implementation: Implementation | None = None,
 ) -> Callable[[Any], SearchResult]:
@@ -301,6 +341,8 @@ def searcher(
       k: results a query.
       leaves_to_search: as in :func:`search`.
       rescore: as in :func:`search`.
+      adaptive: as in :func:`search`.
+      overretrieve: as in :func:`search`.
       allowed: boolean mask ``[n]`` of rows that may be returned, as in :func:`search`; what it
         takes to look at those alone is made once, so that a search costs no more for it.
       implementation: as in :func:`search`.
@@ -322,12 +364,12 @@ def searcher(
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
     if is_traced(index):
         raise TypeError("searcher needs concrete arrays; inside jit call search instead")
-    effort = effort_of(index, k, leaves_to_search, rescore, implementation)
+    effort = effort_of(index, k, leaves_to_search, rescore, implementation, adaptive, overretrieve)
     index = jax.tree.map(jnp.asarray, index)
-    numbers = None
+    kept = None
     if allowed is not None:
         mask = np.asarray(_as_mask(allowed, None, index.num_rows))
-        index, leaves, numbers = restrict(
+        index, leaves, kept = restrict(
             index, mask, leaves=effort.leaves_to_search, rescore=effort.rescore
         )
         effort = effort._replace(leaves_to_search=leaves)
@@ -345,8 +387,8 @@ def searcher(
         if found is None:
             found = compiled(len(rows))(index, rows, None)
         scores, ids = np.asarray(found[0]), np.asarray(found[1])
-        if numbers is not None and len(numbers):
-            ids = np.where(ids >= 0, numbers[np.maximum(ids, 0)], -1)
+        if kept is not None and len(kept):
+            ids = np.where(ids >= 0, kept[np.maximum(ids, 0)], -1)
         result: Any = SearchResult
         return result(scores[0], ids[0]) if single else result(scores, ids)
 

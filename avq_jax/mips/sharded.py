@@ -33,7 +33,7 @@ __all__ = ["ShardedIndex", "search_sharded", "shard"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["index", "packed", "rows", "scale"],
+    data_fields=["index", "packed", "rows", "scale", "projection"],
     meta_fields=["mesh", "axis", "rows_per_shard"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,7 @@ class ShardedIndex:
       mesh: the mesh.
       axis: the name of its axis.
       rows_per_shard: rows of a device, the last device's padding counted.
+      projection: axes along which queries are scanned, or ``None``; as of the tree.
     """
 
     index: Any
@@ -65,6 +66,7 @@ class ShardedIndex:
     mesh: Mesh
     axis: str
     rows_per_shard: int
+    projection: Any = None
 
 
 def shard(index: Index, mesh: Mesh, *, axis: str) -> ShardedIndex:
@@ -114,7 +116,7 @@ def shard(index: Index, mesh: Mesh, *, axis: str) -> ShardedIndex:
 
     packed, rows, scale = jax.tree.map(put, (packed, rows, scale))
     rest = dataclasses.replace(index, tree=None, store=None, weight=None)
-    return ShardedIndex(rest, packed, rows, scale, mesh, axis, each)
+    return ShardedIndex(rest, packed, rows, scale, mesh, axis, each, index.tree.projection)
 
 
 def _split(a: Any, count: int, each: int) -> np.ndarray:
@@ -147,6 +149,7 @@ def _part(index: Index, begin: int, end: int) -> PackedTree:
         ranking=packed.ranking,
         leaf_offset=index.tree.leaf_offset,
         slot_offset=offset,
+        groups=None if packed.groups is None else (packed.groups.vectors, packed.groups.starts),
     )
 
 
@@ -227,7 +230,7 @@ def search_sharded(
     if queries_axis is not None and queries_axis not in axes:
         raise ValueError(f"queries_axis must be None or one of {axes}; got {queries_axis!r}")
     effort = (k, leaves, rescore, implementation)
-    parts = (sharded.packed, sharded.rows, sharded.scale)
+    parts = (sharded.packed, sharded.rows, sharded.scale, sharded.projection)
     meta = (sharded.mesh, sharded.axis, queries_axis, index.metric, sharded.rows_per_shard)
     scores, ids = _search_parts(parts, jnp.asarray(q), effort, meta)
     return SearchResult(scores[0], ids[0]) if single else SearchResult(scores, ids)
@@ -238,10 +241,10 @@ def _search_parts(parts: Any, q: Array, effort: tuple, meta: tuple) -> tuple[Arr
     k, leaves, rescore, implementation = effort
     mesh, axis, queries_axis, metric, each = meta
 
-    def device(parts: Any, q: Array) -> tuple[Array, Array]:
+    def device(parts: Any, projection: Any, q: Array) -> tuple[Array, Array]:
         packed, rows, scale = jax.tree.map(lambda a: a[0], parts)
         mine = jax.lax.axis_index(axis)
-        local = Index(Tree(packed), None, None, None, metric, each, q.shape[1], leaves)
+        local = Index(Tree(packed, projection), None, None, None, metric, each, q.shape[1], leaves)
         scores, numbers = search(local, q, k=rescore or k, rescore=0, implementation=implementation)
         if rescore:
             # The best candidates of all devices; equal scores in the order of the rows.
@@ -258,10 +261,11 @@ def _search_parts(parts: Any, q: Array, effort: tuple, meta: tuple) -> tuple[Arr
 
     whole, shared = PartitionSpec(axis), PartitionSpec(queries_axis)
     # Every device gathers the same values, which the type system cannot see.
+    everywhere = PartitionSpec()
     run = jax.shard_map(
-        device, mesh=mesh, in_specs=(whole, shared), out_specs=shared, check_vma=False
+        device, mesh=mesh, in_specs=(whole, everywhere, shared), out_specs=shared, check_vma=False
     )
-    return run(parts, q)
+    return run(parts[:3], parts[3], q)
 
 
 def _gathered(a: Array, axis: str) -> Array:

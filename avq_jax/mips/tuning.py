@@ -12,6 +12,7 @@ from avq_jax.mips.exact import brute_force
 from avq_jax.mips.index import Index
 from avq_jax.mips.searcher import searcher
 from avq_jax.progress import steps
+from xla_kernels.tree_search.effort import SURE_LEAVES
 
 __all__ = ["Trial", "Tuned", "tune"]
 
@@ -21,6 +22,12 @@ _LARGER = 5
 # From one number of leaves that is tried to the next.
 _GROWTH = 1.2
 _ROUNDS = 5
+# Adaptive effort is tried for so many of the fewest leaves that suffice, on so many times as many
+# leaves. 3.5 to 4 deviations suit word vectors; residuals of sentence vectors have fewer directions
+# and need more.
+_ADAPTED = 2
+_ADAPTIVE_LEAVES = 1.6
+_DEVIATIONS = (2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
 _TIMED_QUERIES = 200
 _CHUNK = 64
 
@@ -32,6 +39,7 @@ class Trial(NamedTuple):
     rescore: int
     recall: float
     seconds: float | None = None
+    adaptive: float | None = None
 
 
 class Tuned(NamedTuple):
@@ -44,6 +52,7 @@ class Tuned(NamedTuple):
       interval: confidence interval of that recall, 95 %.
       seconds: time of one query through :func:`avq_jax.searcher`.
       trials: every setting that was tried.
+      adaptive: argument of :func:`avq_jax.search`; mostly ``None`` for low targets.
     """
 
     leaves_to_search: int
@@ -52,6 +61,7 @@ class Tuned(NamedTuple):
     interval: tuple[float, float]
     seconds: float
     trials: list[Trial]
+    adaptive: float | None = None
 
 
 def tune(
@@ -66,8 +76,9 @@ def tune(
     """Find the cheapest search settings that reach a recall k@k.
 
     Queries of even number choose: for a growing number of leaves the smallest rescoring that
-    reaches the target is found, and what reaches it is timed, query by query, in interleaved
-    rounds. Queries of odd number, unseen so far, give the recall reported.
+    reaches the target is found, and for more leaves the least adaptive effort that does; what
+    reaches it is timed, query by query, in interleaved rounds. Queries of odd number, unseen so
+    far, give the recall reported.
 
     Args:
       index: from :func:`avq_jax.build`.
@@ -106,9 +117,12 @@ def tune(
     def timed(trials: list[Trial]) -> list[Trial]:
         some = queries[chosen_on][:_TIMED_QUERIES]
         handles = [
-            searcher(index, k=k, leaves_to_search=t.leaves_to_search, rescore=t.rescore)
+            searcher(
+                index, k=k, leaves_to_search=t.leaves_to_search, rescore=t.rescore,
+                adaptive=t.adaptive,
+            )
             for t in trials
-        ]
+        ]  # fmt: skip
         best = [np.inf] * len(trials)
         for handle in handles:
             handle(some[0])
@@ -124,6 +138,7 @@ def tune(
         trials = tried = [Trial(1, 0 if index.store is None else k, 1.0)]
     else:
         tried = _reaching(index, queries[chosen_on], truth[chosen_on], k, target_recall, progress)
+        tried += _adaptive(index, queries[chosen_on], truth[chosen_on], k, target_recall, tried)
         trials = [t for t in tried if t.recall >= target_recall]
         if not trials:
             best = max(tried, key=lambda t: t.recall)
@@ -134,16 +149,21 @@ def tune(
             )
     trials = timed(trials)
     best = min(trials, key=lambda t: t.seconds or 0.0)
-    find = searcher(index, k=k, leaves_to_search=best.leaves_to_search, rescore=best.rescore)
+    find = searcher(
+        index, k=k, leaves_to_search=best.leaves_to_search, rescore=best.rescore,
+        adaptive=best.adaptive,
+    )  # fmt: skip
     recalls = query_recalls(find(queries[reported_on])[1], truth[reported_on], k=k)
-    left = [t for t in tried if t[:2] not in {u[:2] for u in trials}]
+    done = {(*t[:2], t.adaptive) for t in trials}
+    left = [t for t in tried if (*t[:2], t.adaptive) not in done]
     return Tuned(
         best.leaves_to_search,
         best.rescore,
         float(np.mean(recalls)),
         recall_interval(recalls),
         best.seconds or 0.0,
-        sorted(trials + left),
+        sorted(trials + left, key=lambda t: (*t[:2], t.adaptive is not None, t.adaptive or 0.0)),
+        best.adaptive,
     )
 
 
@@ -205,6 +225,34 @@ def _reaching(
         if len(enough) > 1 and enough[0].rescore == 0:
             border.append(enough[1])
     return border
+
+
+def _adaptive(
+    index: Index,
+    queries: np.ndarray,
+    truth: np.ndarray,
+    k: int,
+    target: float,
+    tried: list[Trial],
+) -> list[Trial]:
+    """For more leaves than suffice without, the least adaptive effort that reaches the target."""
+    enough = [t for t in tried if t.recall >= target and t.rescore]
+    found: list[Trial] = []
+    for base in sorted(enough, key=lambda t: t.leaves_to_search)[:_ADAPTED]:
+        leaves = min(index.num_leaves, round(_ADAPTIVE_LEAVES * base.leaves_to_search))
+        if base.leaves_to_search <= SURE_LEAVES or leaves == base.leaves_to_search:
+            continue
+        low, high = 0, len(_DEVIATIONS)
+        while low < high:
+            middle = (low + high) // 2
+            deviations = _DEVIATIONS[middle]
+            find = searcher(
+                index, k=k, leaves_to_search=leaves, rescore=base.rescore, adaptive=deviations
+            )
+            recall = _share(np.asarray(find(queries)[1]), truth)
+            found.append(Trial(leaves, base.rescore, recall, None, deviations))
+            low, high = (low, middle) if recall >= target else (middle + 1, high)
+    return found
 
 
 def _recalls(

@@ -18,7 +18,7 @@ from avq_jax.checks import as_rows, is_traced
 from avq_jax.loss import row_norms, scaling
 from avq_jax.mips.capacity import held_rows
 from avq_jax.mips.index import Index, pack_ids, user_ids
-from avq_jax.mips.placing import clear, coded, place, put_rows, put_slots
+from avq_jax.mips.placing import clear, coded, place, put_rows, put_slots, scanned
 from avq_jax.quantization.codebook import check_magnitude
 
 __all__ = ["Added", "add", "remove", "replace", "row_numbers"]
@@ -265,16 +265,17 @@ def _put(index: Index, rows: Array, x: Array, soar_lambda: Any) -> Any:
     tree = index.tree
     if tree is not None:
         slot_rows = tree.packed.slot_rows
-        first = place(tree, slot_rows, x, rows >= 0)
+        seen = scanned(tree, x, index.weight, index.metric)
+        first = place(tree, slot_rows, seen.rows, rows >= 0)
         places = [first]
         if soar_lambda is not None and index.num_leaves > 1:
             at = jnp.where(first.slots >= 0, first.slots, slot_rows.shape[0])
             taken = slot_rows.at[at].set(0, mode="drop")
             factor = jnp.asarray(soar_lambda, jnp.float32)
-            places.append(place(tree, taken, x, first.slots >= 0, first.leaves, factor))
+            places.append(place(tree, taken, seen.rows, first.slots >= 0, first.leaves, factor))
         rows = jnp.where(places[-1].slots >= 0, rows, -1)
         for leaves, slots in places:
-            codes, offset = coded(tree, leaves, x, index.weight, index.metric)
+            codes, offset = coded(tree, leaves, seen, index.weight)
             tree = put_slots(tree, jnp.where(rows >= 0, slots, -1), rows, codes, offset)
     store = index.store
     if store is not None:

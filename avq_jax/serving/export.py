@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from avq_jax.checks import as_count, is_traced
-from avq_jax.mips.index import Index, Tree
+from avq_jax.mips.index import Index
 from avq_jax.mips.safe_files import locked_folder, replacing
 from avq_jax.mips.searcher import search
 from avq_jax.serving import runtime
@@ -45,6 +45,8 @@ def export(
     k: int = 10,
     leaves_to_search: int | None = None,
     rescore: int | None = None,
+    adaptive: float | None = None,
+    overretrieve: float | None = None,
     encoder: Callable[[Any, Any], Any] | None = None,
     params: Any = None,
     inputs: Any = None,
@@ -65,6 +67,8 @@ def export(
       k: results a query.
       leaves_to_search: as of :func:`avq_jax.search`.
       rescore: as of :func:`avq_jax.search`.
+      adaptive: as of :func:`avq_jax.search`.
+      overretrieve: as of :func:`avq_jax.search`.
       encoder: ``encoder(params, inputs) -> queries [b, d]``, a jittable model that becomes part of
         the program; ``None`` takes queries.
       params: pytree of its arrays, kept beside those of the index.
@@ -102,12 +106,15 @@ def export(
         packed = packed._replace(
             codes=repack_codes(packed.codes, "columns"), tiles=packed.tiles[:0]
         )
-        index = dataclasses.replace(index, tree=Tree(packed))
+        index = dataclasses.replace(index, tree=index.tree._replace(packed=packed))
     ids = index.ids
     bare = dataclasses.replace(index, ids=None, weight=None)
     leaves, structure = jax.tree.flatten((bare, params))
     leaves = [jnp.asarray(leaf) for leaf in leaves]
-    options: dict[str, Any] = {"k": k, "leaves_to_search": leaves_to_search, "rescore": rescore}
+    options: dict[str, Any] = {
+        "k": k, "leaves_to_search": leaves_to_search, "rescore": rescore, "adaptive": adaptive,
+        "overretrieve": overretrieve,
+    }  # fmt: skip
 
     def program(arrays: Any, inputs: Any) -> Any:
         index, params = jax.tree.unflatten(structure, arrays)

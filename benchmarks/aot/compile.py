@@ -79,6 +79,7 @@ def compiled(case: str, device):
             slot_offset=array((0,), jnp.float32),
             slot_rows=array((N,), jnp.int32),
             usable=array((1, N), jnp.bool_),
+            spread=array((leaves,), jnp.float32),
         )
 
         @jax.jit

@@ -308,7 +308,20 @@ void check_tree_search(Pool& pool) {
   const int64_t tiles = (leaves + 15) / 16, pairs = (dim + 1) / 2;
   std::vector<int16_t> tile(static_cast<size_t>(tiles * pairs * 32));
   for (int16_t& x : tile) x = static_cast<int16_t>(up_to(8000) - 4000);
-  const auto queries = floats(b * dim), centroids = floats(leaves * dim), rows = floats(n * dim);
+  const int64_t row_dim = up_to(1) == 0 ? dim : 1 + up_to(60);
+  const auto queries = floats(b * dim), centroids = floats(leaves * dim), rows = floats(n * row_dim);
+  const auto wide = floats(b * row_dim), spread = floats(leaves);
+  const auto& exact_queries = row_dim == dim ? queries : wide;
+  const int64_t groups = 1 + up_to(5);
+  std::vector<int32_t> group_starts(static_cast<size_t>(groups) + 1, 0);
+  for (int64_t g = 1; g < groups; ++g) {
+    group_starts[static_cast<size_t>(g)] = static_cast<int32_t>(up_to(leaves));
+  }
+  group_starts.back() = static_cast<int32_t>(leaves);
+  std::sort(group_starts.begin(), group_starts.end());
+  std::vector<int16_t> group_tile(static_cast<size_t>(pairs * 32));
+  for (int16_t& x : group_tile) x = static_cast<int16_t>(up_to(8000) - 4000);
+  const auto group_offset = floats(groups);
   const auto words = floats(m * width * num_codewords);
   const auto leaf_offset = floats(leaves), slot_offset = floats(slots);
   std::vector<float> scores(static_cast<size_t>(b * k));
@@ -321,6 +334,14 @@ void check_tree_search(Pool& pool) {
   a.centroid_scale = 4000;
   if (up_to(1) == 0) a.leaf_offset = leaf_offset.data();
   if (up_to(1) == 0) a.slot_offset = slot_offset.data();
+  a.spread = spread.data();
+  if (up_to(1) == 0) {
+    a.num_groups = groups;
+    a.group_tiles = group_tile.data();
+    a.group_scale = 4000;
+    a.group_starts = group_starts.data();
+    if (a.leaf_offset != nullptr) a.group_offset = group_offset.data();
+  }
   a.starts = starts.data();
   a.num_leaves = leaves;
   a.codewords = words.data();
@@ -329,6 +350,8 @@ void check_tree_search(Pool& pool) {
   a.slot_rows = slot_rows.data();
   a.usable = usable.data();
   a.rows = rows.data();
+  a.row_queries = exact_queries.data();
+  a.row_dim = row_dim;
   a.num_rows = n;
   a.euclidean = up_to(1) == 0;
   a.k = k;
@@ -337,6 +360,9 @@ void check_tree_search(Pool& pool) {
   const bool all = up_to(1) == 0 && n > 0;
   a.leaves_to_search = all ? leaves : 1 + up_to(leaves - 1);
   a.rescore = all ? std::max(k, slots) : up_to(1) == 0 || n == 0 ? 0 : k + up_to(60);
+  a.leaves_ranked = std::min(leaves, a.leaves_to_search * (1 + up_to(3)));
+  if (!all && up_to(1) == 0) a.deviations = 4 * std::fabs(draw(random_bits));
+  a.retrieve = up_to(1) == 0 ? a.rescore : 2 * a.rescore;
   a.store = a.rescore > 0 ? StoreType::kFloat32 : StoreType::kNone;
   if (a.rescore == 0) a.num_rows = INT32_MAX;
   tree_search(a, pool);
@@ -344,9 +370,9 @@ void check_tree_search(Pool& pool) {
     std::vector<float> exact;
     for (int64_t i = 0; i < n; ++i) {
       float sum = 0;
-      for (int64_t j = 0; j < dim; ++j) {
-        const float x = rows[static_cast<size_t>(i * dim + j)];
-        const float y = queries[static_cast<size_t>(q * dim + j)];
+      for (int64_t j = 0; j < row_dim; ++j) {
+        const float x = rows[static_cast<size_t>(i * row_dim + j)];
+        const float y = exact_queries[static_cast<size_t>(q * row_dim + j)];
         sum += a.euclidean ? -(x - y) * (x - y) : x * y;
       }
       exact.push_back(sum);

@@ -1,5 +1,7 @@
 """Tree search: the compiled kernel against plain XLA, at every instruction set."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from xla_kernels import (
     pack_tree,
     slots_per_block,
     tree_search,
+    unpack_codes,
 )
 
 compiled = pytest.mark.usefixtures("compiled")
@@ -258,3 +261,106 @@ def test_bad_arguments():
         pack_tree(
             np.zeros((1, 2)), [0, 1], np.zeros(32), np.zeros((2, 16, 1)), np.zeros((3, 2), np.uint8)
         )
+
+
+def in_groups(tree, count=3):
+    """The tree with groups of equally many neighbouring leaves."""
+    leaves = tree.centroids.shape[0]
+    starts = np.linspace(0, leaves, count + 1).astype(np.int32)
+    means = [np.mean(tree.centroids[a:b], axis=0) for a, b in itertools.pairwise(starts)]
+    return pack_tree(
+        tree.centroids,
+        tree.starts,
+        tree.slot_rows,
+        np.asarray(tree.codewords).transpose(0, 2, 1),
+        tree.codes,
+        leaf_offset=tree.leaf_offset if tree.leaf_offset.shape[0] else None,
+        slot_offset=tree.slot_offset if tree.slot_offset.shape[0] else None,
+        groups=(np.stack(means), starts),
+    )
+
+
+class TestEffort:
+    @compiled
+    @pytest.mark.parametrize("offsets", [False, True])
+    @pytest.mark.parametrize("deviations", [None, 0.5, 3.0])
+    @pytest.mark.parametrize("grouped", [False, True])
+    def test_kernel_does_as_plain_xla(self, simd, offsets, deviations, grouped):
+        library.set_simd_level(simd)
+        tree, rows, queries = make(leaves=60, n=4000, d=24, m=12, offsets=offsets)
+        tree = in_groups(tree) if grouped else tree
+        wide = jnp.concatenate([queries, queries[:, :5]], axis=1)
+        more = jnp.concatenate([rows, rows[:, 5:10]], axis=1)
+        options = {
+            "k": 5, "leaves_to_search": 2 if grouped else 30, "rescore": 40, "retrieve": 50,
+            "rows": more, "row_queries": wide, "deviations": deviations,
+        }  # fmt: skip
+        wanted = tree_search(tree, queries, implementation="xla", **options)
+        found = tree_search(tree, queries, implementation="cpu", **options)
+        # A border of rounded tables may fall on the other side of one leaf or candidate.
+        pairs = zip(np.asarray(found[1]), np.asarray(wanted[1]), strict=True)
+        assert np.mean([len(set(a) & set(b)) / 5 for a, b in pairs]) > 0.93
+        assert_close(found, wanted, share=0.85)
+        bound = {name: options[name] for name in options if name != "row_queries"}
+        direct = direct_tree_search(tree, **bound)(np.asarray(queries), np.asarray(wide))
+        np.testing.assert_array_equal(direct[1], found[1])
+        mapped = jax.vmap(
+            lambda q, w: tree_search(tree, q[None], **{**options, "row_queries": w[None]})[1][0]
+        )(queries, wide)
+        np.testing.assert_array_equal(mapped, found[1])
+
+    def test_spread_is_the_deviation_of_decoded_coordinates(self):
+        tree, _, _ = make(leaves=3, n=200, d=6, m=3, k=4)
+        words = np.asarray(tree.codewords)
+        codes = np.asarray(unpack_codes(tree.codes))
+        decoded = np.concatenate([words[j].T[codes[:, j]] for j in range(3)], axis=1)
+        starts = np.asarray(tree.starts) * tree.block
+        for leaf, (a, b) in enumerate(itertools.pairwise(starts)):
+            held = decoded[a:b][np.asarray(tree.slot_rows)[a:b] >= 0]
+            np.testing.assert_allclose(tree.spread[leaf], np.sqrt(np.mean(held**2)), rtol=1e-5)
+
+    def test_wider_rows_need_their_queries(self):
+        tree, rows, queries = make()
+        options = {"k": 2, "leaves_to_search": 2, "rescore": 4}
+        find = direct_tree_search(tree, rows=jnp.tile(rows, (1, 2)), **options)
+        if find is not None:
+            with pytest.raises(ValueError, match="row_queries must be given"):
+                find(np.asarray(queries))
+
+    def test_bad_arguments(self):
+        tree, rows, queries = make()
+        options = {"k": 2, "leaves_to_search": 2}
+        with pytest.raises(ValueError, match="deviations must be None or at least 0"):
+            tree_search(tree, queries, deviations=-1.0, **options)
+        with pytest.raises(ValueError, match="retrieve must be at least rescore = 9"):
+            tree_search(tree, queries, rows=rows, rescore=9, retrieve=8, **options)
+        parts = (tree.centroids, tree.starts, tree.slot_rows)
+        words = np.asarray(tree.codewords).transpose(0, 2, 1)
+        for groups in [
+            (np.zeros((2, 3)), [0, 1, 7]),
+            (np.zeros((2, 10)), [0, 7]),
+            (np.zeros((2, 10)), [0, 8, 7]),
+            (np.zeros((2, 10)), [0, 3, 6]),
+        ]:
+            with pytest.raises(ValueError, match="groups must"):
+                pack_tree(*parts, words, tree.codes, groups=groups)
+
+    @compiled
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"starts": jnp.array([0, 5, 3, 7], jnp.int32)}, "group_starts must rise"),
+            ({"starts": jnp.array([0, 2, 4, 9], jnp.int32)}, "group_starts must rise"),
+            ({"tiles": jnp.zeros((2, 5, 16, 2), jnp.int16)}, "group_tiles must have shape"),
+            ({"offset": jnp.zeros(2)}, "group_offset must have shape"),
+        ],
+        ids=str,
+    )
+    def test_bad_groups_are_an_error_status(self, change, message):
+        tree, _, queries = make()
+        tree = in_groups(tree)
+        broken = tree._replace(groups=tree.groups._replace(**change))
+        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=message):
+            jax.block_until_ready(
+                tree_search(broken, queries, k=2, leaves_to_search=2, implementation="cpu")
+            )

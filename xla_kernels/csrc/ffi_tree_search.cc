@@ -1,5 +1,7 @@
 // XLA FFI handler of the tree search. It checks every shape and the layout of the leaves, so that
 // no content of its operands can make it read outside them.
+#include <algorithm>
+
 #include "ffi_support.h"
 #include "tree_search.h"
 
@@ -27,13 +29,16 @@ ffi::Error check_shape(const Buffer& buffer, std::initializer_list<int64_t> shap
 ffi::Error TreeSearch(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries,
                       ffi::Buffer<ffi::F32> centroids, ffi::Buffer<ffi::S16> tiles,
                       ffi::Buffer<ffi::F32> centroid_scale, ffi::Buffer<ffi::F32> leaf_offset,
-                      ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::F32> codewords,
+                      ffi::Buffer<ffi::F32> spread, ffi::Buffer<ffi::S16> group_tiles,
+                      ffi::Buffer<ffi::F32> group_scale, ffi::Buffer<ffi::F32> group_offset,
+                      ffi::Buffer<ffi::S32> group_starts, ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::F32> codewords,
                       ffi::Buffer<ffi::U8> codes, ffi::Buffer<ffi::F32> slot_offset,
                       ffi::Buffer<ffi::S32> slot_rows, ffi::Buffer<ffi::PRED> usable,
                       ffi::AnyBuffer rows, ffi::Buffer<ffi::F32> row_scale,
-                      ffi::Result<ffi::Buffer<ffi::F32>> scores,
+                      ffi::Buffer<ffi::F32> row_queries, ffi::Result<ffi::Buffer<ffi::F32>> scores,
                       ffi::Result<ffi::Buffer<ffi::S32>> ids, int32_t layout,
-                      int64_t leaves_to_search, int64_t rescore, bool euclidean) {
+                      int64_t leaves_to_search, int64_t leaves_ranked, float deviations,
+                      int64_t rescore, int64_t retrieve, bool euclidean) {
   TreeSearchArguments a;
   XLA_KERNELS_REQUIRE(queries.dimensions().size() == 2 && queries.dimensions()[1] > 0,
                       "queries must be float32[b, d], got " + shape_of(queries));
@@ -47,7 +52,25 @@ ffi::Error TreeSearch(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries,
       check_shape(tiles, {(a.num_leaves + 15) / 16, (a.dim + 1) / 2, 16, 2}, false, "tiles"));
   XLA_KERNELS_CHECK(check_shape(centroid_scale, {}, false, "centroid_scale"));
   XLA_KERNELS_CHECK(check_shape(leaf_offset, {a.num_leaves}, true, "leaf_offset"));
+  XLA_KERNELS_CHECK(check_shape(spread, {a.num_leaves}, false, "spread"));
   XLA_KERNELS_CHECK(check_shape(starts, {a.num_leaves + 1}, false, "starts"));
+  XLA_KERNELS_REQUIRE(group_starts.dimensions().size() == 1,
+                      "group_starts must be int32[G + 1], got " + shape_of(group_starts));
+  a.num_groups = std::max<int64_t>(group_starts.dimensions()[0] - 1, 0);
+  if (a.num_groups > 0) {
+    XLA_KERNELS_CHECK(check_shape(group_tiles, {(a.num_groups + 15) / 16, (a.dim + 1) / 2, 16, 2},
+                                  false, "group_tiles"));
+    XLA_KERNELS_CHECK(check_shape(group_offset, {a.num_groups}, true, "group_offset"));
+    const int32_t* from = group_starts.typed_data();
+    bool whole = from[0] == 0 && from[a.num_groups] == a.num_leaves;
+    for (int64_t g = 0; g < a.num_groups; ++g) whole = whole && from[g] <= from[g + 1];
+    XLA_KERNELS_REQUIRE(whole, "group_starts must rise from 0 to the number of leaves");
+    a.group_tiles = group_tiles.typed_data();
+    a.group_scale = *group_scale.typed_data();
+    a.group_offset = optional_row(group_offset);
+    a.group_starts = from;
+  }
+  XLA_KERNELS_CHECK(check_shape(group_scale, {}, false, "group_scale"));
   const auto words = codewords.dimensions();
   XLA_KERNELS_REQUIRE(words.size() == 3 && words[0] > 0 && words[1] > 0 && words[0] * words[1] >= a.dim,
                       "codewords must be float32[m, s, k] with m * s >= d, got " +
@@ -71,9 +94,15 @@ ffi::Error TreeSearch(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries,
                       "starts must rise from 0 to the number of blocks");
 
   a.rescore = rescore;
+  a.retrieve = retrieve;
   if (rescore > 0) {
-    const auto store = rows.dimensions();
-    XLA_KERNELS_REQUIRE(store.size() == 2 && store[1] == a.dim && store[0] > 0,
+    const auto store = rows.dimensions(), full = row_queries.dimensions();
+    XLA_KERNELS_REQUIRE(full.size() == 2 && full[0] == a.num_queries,
+                        "row_queries must be float32[b, d or 0], got " + shape_of(row_queries));
+    // Of no width: the queries themselves.
+    a.row_dim = full[1] > 0 ? full[1] : a.dim;
+    a.row_queries = full[1] > 0 ? row_queries.typed_data() : queries.typed_data();
+    XLA_KERNELS_REQUIRE(store.size() == 2 && store[1] == a.row_dim && store[0] > 0,
                         "rows must be [n, d], got " + shape_of(rows));
     a.num_rows = store[0];
     switch (rows.element_type()) {
@@ -95,7 +124,9 @@ ffi::Error TreeSearch(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries,
   XLA_KERNELS_REQUIRE(out.size() == 2 && out[0] == a.num_queries && ids->dimensions() == out,
                       "results must be [b, k], got " + shape_of(*scores));
   a.k = out[1];
-  XLA_KERNELS_REQUIRE(leaves_to_search >= 1, "leaves_to_search must be at least 1");
+  XLA_KERNELS_REQUIRE(leaves_to_search >= 1 && leaves_ranked >= 1,
+                      "leaves_to_search and leaves_ranked must be at least 1");
+  XLA_KERNELS_REQUIRE(deviations >= 0, "deviations must be at least 0");
   XLA_KERNELS_REQUIRE(rescore == 0 || rescore >= a.k, "rescore must be 0 or at least k");
   if (a.k == 0 || a.num_queries == 0) return ffi::Error::Success();
 
@@ -104,6 +135,7 @@ ffi::Error TreeSearch(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries,
   a.tiles = tiles.typed_data();
   a.centroid_scale = *centroid_scale.typed_data();
   a.leaf_offset = optional_row(leaf_offset);
+  a.spread = spread.typed_data();
   a.starts = begin;
   a.codewords = codewords.typed_data();
   a.slot_offset = optional_row(slot_offset);
@@ -111,6 +143,8 @@ ffi::Error TreeSearch(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries,
   a.usable = reinterpret_cast<const uint8_t*>(usable.typed_data());
   a.euclidean = euclidean;
   a.leaves_to_search = leaves_to_search;
+  a.leaves_ranked = leaves_ranked;
+  a.deviations = deviations;
   a.scores = scores->typed_data();
   a.ids = ids->typed_data();
   XlaPool pool(threads);
@@ -133,6 +167,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_kernels_tree_search, TreeSearch,
                                   .Arg<ffi::Buffer<ffi::S16>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S16>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
@@ -141,11 +180,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_kernels_tree_search, TreeSearch,
                                   .Arg<ffi::Buffer<ffi::PRED>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::S32>>()
                                   .Attr<int32_t>("layout")
                                   .Attr<int64_t>("leaves_to_search")
+                                  .Attr<int64_t>("leaves_ranked")
+                                  .Attr<float>("deviations")
                                   .Attr<int64_t>("rescore")
+                                  .Attr<int64_t>("retrieve")
                                   .Attr<bool>("euclidean"));
 
 #pragma GCC visibility pop

@@ -18,8 +18,10 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 // Queries that share a pass over the leaves; their tables stay in the second-level cache.
 constexpr int64_t kTile = 512;
-// A batch scans this many of each query's best leaves first: thresholds rise before the rest.
+// A batch scans this many of each query's best leaves first: thresholds rise before the rest. Where
+// they decide which others are scanned, every query scans a few more.
 constexpr int64_t kFirst = 2;
+constexpr int64_t kSure = 4;
 // Norm of the integer query. With vectors of norm <= 32000 sums stay below 2^30.
 constexpr float kQueryNorm = 32000.0f;
 constexpr int64_t kPrefetchRows = 12;
@@ -90,6 +92,7 @@ struct Search {
   ScanQuery query;
   TableBounds bounds;
   SlotScorer scorer;
+  float norm = 0;
   bool finite = true;
 };
 
@@ -111,7 +114,8 @@ struct Scratch {
   Aligned<float> tables, padded;
   Aligned<uint8_t> expanded, rounded;
   Aligned<int16_t> rounded_query;
-  Aligned<int32_t> products, keys;
+  Aligned<int32_t> products, keys, group_products;
+  std::vector<int32_t> numbers;
 };
 
 class Worker {
@@ -128,11 +132,11 @@ class Worker {
         table_floats_((a.codes.num_subspaces * a.num_codewords + 15) / 16 * 16),
         tiles_((a.num_leaves + 15) / 16),
         pairs_((a.dim + 1) / 2),
-        // With as many slots, rows lie in two leaves each. Second copies must not take the places of
-        // few candidates; among many they cost less than it takes to find them.
-        spilled_(a.rescore > 0 && a.rescore < 3 * a.k && a.codes.num_rows >= 2 * a.num_rows),
+        spilled_(a.rescore > 0 && a.retrieve > a.rescore),
+        adaptive_(a.deviations < std::numeric_limits<float>::infinity()),
+        first_(adaptive_ ? kSure : kFirst),
         // Without rescoring the byte tables choose a few more than k for the float tables to rank.
-        kept_(std::min(a.rescore > 0 ? (spilled_ ? 2 : 1) * a.rescore : 2 * a.k + 32,
+        kept_(std::min(a.rescore > 0 ? std::max(a.retrieve, a.rescore) : 2 * a.k + 32,
                        a.codes.num_rows)) {}
 
   int64_t kept() const { return kept_; }
@@ -149,7 +153,7 @@ class Worker {
               expanded + i * expanded_bytes_);
     }
     if (count < 8) {
-      for (int64_t i = 0; i < count; ++i) scan_one(scratch_.searches[static_cast<size_t>(i)], a_.leaves_to_search);
+      for (int64_t i = 0; i < count; ++i) scan_all(scratch_.searches[static_cast<size_t>(i)]);
     } else {
       scan_by_leaf(count);
     }
@@ -191,41 +195,98 @@ class Worker {
       float peak = 0, poison = 0;
       tree_.measure(query, a_.dim, &peak, &poison);
       searches[i].finite = poison == 0.0f && peak < 1e18f;
+      if (a_.rescore > 0 && a_.row_queries != a_.queries) {
+        float row_peak = 0;
+        tree_.measure(a_.row_queries + (first + i) * a_.row_dim, a_.row_dim, &row_peak, &poison);
+        searches[i].finite = searches[i].finite && poison == 0.0f && row_peak < 1e18f;
+      }
       if (!searches[i].finite) {
         std::fill(out, out + 2 * pairs_, int16_t{0});
         continue;
       }
       const float down = peak > 0 ? 1.0f / peak : 0.0f;
       const float norm = peak * std::sqrt(tree_.scaled_square(query, a_.dim, down));
+      searches[i].norm = norm;
       ups[i] = norm > 0 ? kQueryNorm / norm : 0.0f;
       tree_.round_query(query, a_.dim, ups[i], out);
       if (a_.dim & 1) out[a_.dim] = 0;
     }
+    if (a_.num_groups > 0) {
+      rank_groups(first, searches, count, rounded, ups);
+      return;
+    }
     tree_.leaf_products(a_.tiles, tiles_, pairs_, rounded, count, products);
     for (int64_t i = 0; i < count; ++i) {
-      const float* query = a_.queries + (first + i) * a_.dim;
-      if (searches[i].finite) choose_leaves(query, products + i * tiles_ * 16, ups[i], searches[i]);
+      if (!searches[i].finite) continue;
+      int32_t* keys = products + i * tiles_ * 16;
+      add_offset(keys, a_.num_leaves, unit_of(ups[i], a_.centroid_scale), a_.leaf_offset, nullptr);
+      choose_leaves(a_.queries + (first + i) * a_.dim, keys, nullptr, a_.num_leaves, searches[i]);
     }
   }
 
-  void choose_leaves(const float* query, int32_t* products, float up, Search& search) {
-    const float unit = up > 0 ? 1.0f / (up * a_.centroid_scale) : 0.0f;
-    int32_t* keys = products;
-    if (a_.leaf_offset != nullptr) {
-      keys = scratch_.keys.reserve(a_.num_leaves);
-      for (int64_t l = 0; l < a_.num_leaves; ++l) {
-        keys[l] = ordered(static_cast<float>(products[l]) * unit + a_.leaf_offset[l]);
+  // The leaves of the best groups: as many groups as hold `leaves_ranked` leaves.
+  void rank_groups(int64_t first, Search* searches, int64_t count, const int16_t* rounded,
+                   const float* ups) {
+    const int64_t tiles = (a_.num_groups + 15) / 16;
+    int32_t* groups = scratch_.group_products.reserve(tiles * 16 * kTogether);
+    tree_.leaf_products(a_.group_tiles, tiles, pairs_, rounded, count, groups);
+    for (int64_t i = 0; i < count; ++i) {
+      if (!searches[i].finite) continue;
+      int32_t* keys = groups + i * tiles * 16;
+      add_offset(keys, a_.num_groups, unit_of(ups[i], a_.group_scale), a_.group_offset, nullptr);
+      scratch_.best.resize(static_cast<size_t>(a_.num_groups));
+      for (int64_t g = 0; g < a_.num_groups; ++g) {
+        scratch_.best[static_cast<size_t>(g)] = leaf_key(keys[g], static_cast<int32_t>(g));
       }
+      std::sort(scratch_.best.begin(), scratch_.best.end());
+      scratch_.numbers.clear();
+      int32_t* products = scratch_.products.reserve(tiles_ * 16 * kTogether);
+      int32_t* leaf_keys = scratch_.keys.reserve(a_.num_leaves);
+      for (const uint64_t key : scratch_.best) {
+        if (static_cast<int64_t>(scratch_.numbers.size()) >= a_.leaves_ranked) break;
+        const auto g = static_cast<int64_t>(key & 0xffffffffu);
+        const int64_t begin = a_.group_starts[g], end = a_.group_starts[g + 1];
+        const int64_t tile = begin / 16, last = (end + 15) / 16;
+        if (begin == end) continue;
+        tree_.leaf_products(a_.tiles + tile * pairs_ * 32, last - tile, pairs_,
+                            rounded + i * 2 * pairs_, 1, products);
+        for (int64_t l = begin; l < end; ++l) {
+          leaf_keys[scratch_.numbers.size()] = products[l - tile * 16];
+          scratch_.numbers.push_back(static_cast<int32_t>(l));
+        }
+      }
+      const auto found = static_cast<int64_t>(scratch_.numbers.size());
+      const int32_t* numbers = scratch_.numbers.data();
+      add_offset(leaf_keys, found, unit_of(ups[i], a_.centroid_scale), a_.leaf_offset, numbers);
+      choose_leaves(a_.queries + (first + i) * a_.dim, leaf_keys, numbers, found, searches[i]);
     }
-    const int64_t wanted = std::min(a_.leaves_to_search, a_.num_leaves);
-    const int32_t bar = wanted < a_.num_leaves
-                            ? kth_largest(keys, a_.num_leaves, wanted, 8 + wanted / 2, scan_.count)
+  }
+
+  static float unit_of(float up, float scale) { return up > 0 ? 1.0f / (up * scale) : 0.0f; }
+
+  // Integer products to keys in the order of the products with an offset added, in place.
+  static void add_offset(int32_t* keys, int64_t count, float unit, const float* offset,
+                         const int32_t* numbers) {
+    if (offset == nullptr) return;
+    for (int64_t i = 0; i < count; ++i) {
+      const float more = offset[numbers != nullptr ? numbers[i] : i];
+      keys[i] = ordered(static_cast<float>(keys[i]) * unit + more);
+    }
+  }
+
+  // The best of some leaves, which are those of `numbers`, or all where that is null.
+  void choose_leaves(const float* query, const int32_t* keys, const int32_t* numbers, int64_t count,
+                     Search& search) {
+    const int64_t wanted = std::min(a_.leaves_to_search, count);
+    const int32_t bar = wanted < count
+                            ? kth_largest(keys, count, wanted, 8 + wanted / 2, scan_.count)
                             : INT32_MIN;
-    scratch_.best.resize(static_cast<size_t>(a_.num_leaves) + 1);
+    scratch_.best.resize(static_cast<size_t>(count) + 1);
     size_t found = 0;
-    for (int64_t l = 0; l < a_.num_leaves; ++l) {
-      scratch_.best[found] = leaf_key(keys[l], static_cast<int32_t>(l));
-      found += keys[l] >= bar;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto l = numbers != nullptr ? numbers[i] : static_cast<int32_t>(i);
+      scratch_.best[found] = leaf_key(keys[i], l);
+      found += keys[i] >= bar;
     }
     scratch_.best.resize(found);
     std::sort(scratch_.best.begin(), scratch_.best.end());
@@ -273,12 +334,10 @@ class Worker {
     return static_cast<int32_t>(std::lrintf(std::max(-5e8f, std::min(5e8f, shift))));
   }
 
-  // The first leaves of one query.
-  void scan_one(Search& search, int64_t count) {
-    if (!search.finite) return;
+  // Some leaves of one query, from one place in their order to another.
+  void scan_some(Search& search, size_t begin, size_t end) {
     const RowTerms terms{nullptr, a_.slot_offset};
-    const size_t end = std::min(static_cast<size_t>(count), search.leaves.size());
-    for (size_t i = 0; i < end; ++i) {
+    for (size_t i = begin; i < end; ++i) {
       const Leaf& leaf = search.leaves[i];
       search.query.shift = shift_of(search, leaf.score);
       const int64_t next = a_.starts[search.leaves[i + 1 < end ? i + 1 : i].number];
@@ -287,22 +346,66 @@ class Worker {
     }
   }
 
+  void scan_all(Search& search) {
+    if (!search.finite) return;
+    size_t begin = 0;
+    if (adaptive_) {
+      begin = scan_first(search);
+      pass_over(search);
+    }
+    scan_some(search, begin, search.leaves.size());
+  }
+
+  size_t scan_first(Search& search) {
+    const size_t count = std::min(static_cast<size_t>(first_), search.leaves.size());
+    scan_some(search, 0, count);
+    return count;
+  }
+
+  // Drops the leaves after the first whose estimates are unlikely to reach those held so far. A row
+  // of leaf l stands for c + r with r of deviation `spread` in every coordinate, so <q, c + r> has
+  // the mean <q, c> and the deviation ||q|| spread. With slot offsets, which make the estimate
+  // (||q||^2 - ||q - c - r||^2) / 2, r is weighed by q - c and lowers the mean by ||r||^2 / 2.
+  void pass_over(Search& search) const {
+    const Collector& c = search.collector;
+    if (c.size < kept_ || search.leaves.size() <= static_cast<size_t>(first_)) return;
+    const int32_t bar = kth_largest(c.low, c.size, kept_, 0, scan_.count);
+    const float least = c.affine ? from_ordered(bar)
+                                 : search.bounds.base + search.bounds.delta * static_cast<float>(bar);
+    size_t kept = static_cast<size_t>(first_);
+    for (size_t i = kept; i < search.leaves.size(); ++i) {
+      const Leaf& leaf = search.leaves[i];
+      const float spread = a_.spread[leaf.number];
+      float mean = leaf.score, norm = search.norm;
+      if (a_.slot_offset != nullptr) {
+        if (a_.leaf_offset != nullptr) mean += a_.leaf_offset[leaf.number];
+        norm = std::sqrt(std::max(0.0f, norm * norm - 2.0f * mean));
+        mean -= 0.5f * spread * spread * static_cast<float>(a_.dim);
+      }
+      search.leaves[kept] = leaf;
+      kept += mean + a_.deviations * norm * spread >= least;
+    }
+    search.leaves.resize(kept);
+  }
+
   // Every leaf once, for all queries of the tile that probe it.
   void scan_by_leaf(int64_t count) {
     const RowTerms terms{nullptr, a_.slot_offset};
+    const auto after = static_cast<size_t>(first_);
     scratch_.begins.assign(static_cast<size_t>(a_.num_leaves) + 1, 0);
     for (int64_t i = 0; i < count; ++i) {
       Search& search = scratch_.searches[static_cast<size_t>(i)];
       if (!search.finite) continue;
-      scan_one(search, kFirst);
-      for (size_t j = kFirst; j < search.leaves.size(); ++j) ++scratch_.begins[static_cast<size_t>(search.leaves[j].number) + 1];
+      scan_first(search);
+      if (adaptive_) pass_over(search);
+      for (size_t j = after; j < search.leaves.size(); ++j) ++scratch_.begins[static_cast<size_t>(search.leaves[j].number) + 1];
     }
     for (size_t l = 0; l < static_cast<size_t>(a_.num_leaves); ++l) scratch_.begins[l + 1] += scratch_.begins[l];
     scratch_.visits.resize(static_cast<size_t>(scratch_.begins.back()));
     for (int64_t i = 0; i < count; ++i) {
       const Search& search = scratch_.searches[static_cast<size_t>(i)];
       if (!search.finite) continue;
-      for (size_t j = kFirst; j < search.leaves.size(); ++j) {
+      for (size_t j = after; j < search.leaves.size(); ++j) {
         const Leaf& leaf = search.leaves[j];
         scratch_.visits[static_cast<size_t>(scratch_.begins[static_cast<size_t>(leaf.number)]++)] = {
             static_cast<int32_t>(i), shift_of(search, leaf.score)};
@@ -339,7 +442,7 @@ class Worker {
       const int64_t q = first + i;
       scratch_.found.clear();
       if (a_.rescore > 0) {
-        const float* query = a_.queries + q * a_.dim;
+        const float* query = a_.row_queries + q * a_.row_dim;
         for (; at < ends[i]; ++at) {
           if (at + kPrefetchRows < scratch_.slots.size()) prefetch(scratch_.slots[at + kPrefetchRows]);
           keep(exact(query, scratch_.slots[at]), scratch_.slots[at]);
@@ -418,7 +521,7 @@ class Worker {
 
   const void* row_at(int32_t row) const {
     const int64_t bytes = a_.store == StoreType::kFloat32 ? 4 : a_.store == StoreType::kBFloat16 ? 2 : 1;
-    return static_cast<const uint8_t*>(a_.rows) + static_cast<int64_t>(row) * a_.dim * bytes;
+    return static_cast<const uint8_t*>(a_.rows) + static_cast<int64_t>(row) * a_.row_dim * bytes;
   }
 
   float exact(const float* query, int32_t row) const {
@@ -426,12 +529,12 @@ class Worker {
     switch (a_.store) {
       case StoreType::kFloat32: {
         const auto* x = static_cast<const float*>(at);
-        return a_.euclidean ? -tree_.distance(query, x, a_.dim) : tree_.dot(query, x, a_.dim);
+        return a_.euclidean ? -tree_.distance(query, x, a_.row_dim) : tree_.dot(query, x, a_.row_dim);
       }
       case StoreType::kBFloat16:
-        return tree_.dot_bfloat16(query, static_cast<const uint16_t*>(at), a_.dim);
+        return tree_.dot_bfloat16(query, static_cast<const uint16_t*>(at), a_.row_dim);
       case StoreType::kInt8:
-        return a_.row_scale[row] * tree_.dot_int8(query, static_cast<const int8_t*>(at), a_.dim);
+        return a_.row_scale[row] * tree_.dot_int8(query, static_cast<const int8_t*>(at), a_.row_dim);
       default:
         return kMinusInfinity;
     }
@@ -496,8 +599,8 @@ class Worker {
   const Kernels& scan_;
   const TreeKernels& tree_;
   int64_t stride_, rounded_bytes_, expanded_bytes_, table_floats_, tiles_, pairs_;
-  bool spilled_;
-  int64_t kept_;
+  bool spilled_, adaptive_;
+  int64_t first_, kept_;
 };
 
 }  // namespace

@@ -1,11 +1,12 @@
 // Search of quantized rows in the leaves of a k-means tree, without XLA.
 //
-// One query: scores of all centroids, the best leaves, one lookup table, a scan of the codes of
-// those leaves, the best candidates, their exact scores. A batch visits each leaf once for all the
+// One query: scores of all leaves (or of groups, then of the leaves of the best), the best leaves,
+// one lookup table, a scan of the codes of those leaves, the best candidates, their exact scores. A batch visits each leaf once for all the
 // queries that probe it, so codes are read once and scanned for eight queries at a time.
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "codes.h"
 #include "threads.h"
@@ -24,8 +25,16 @@ struct TreeSearchArguments {
   const int16_t* tiles = nullptr;
   float centroid_scale = 1;
   const float* leaf_offset = nullptr;  // [num_leaves] or null; ranks leaves, not rows
+  // Deviation of a coordinate of what the codes of a leaf stand for; with it `deviations` is finite.
+  const float* spread = nullptr;       // [num_leaves]
   const int32_t* starts = nullptr;     // [num_leaves + 1] first block of each leaf
   int64_t num_leaves = 0;
+  // Groups of neighbouring leaves, ranked before them; none where num_groups is 0.
+  const int16_t* group_tiles = nullptr;  // as `tiles`
+  float group_scale = 1;
+  const float* group_offset = nullptr;   // [num_groups] or null
+  const int32_t* group_starts = nullptr;  // [num_groups + 1] first leaf of each group
+  int64_t num_groups = 0;
 
   const float* codewords = nullptr;  // [num_subspaces, width, num_codewords]
   int64_t width = 0;
@@ -37,13 +46,20 @@ struct TreeSearchArguments {
   int64_t usable_queries = 1;
 
   StoreType store = StoreType::kNone;
-  const void* rows = nullptr;         // [num_rows, dim]
+  const void* rows = nullptr;         // [num_rows, row_dim]
+  const float* row_queries = nullptr;  // [num_queries, row_dim], for exact scores
+  int64_t row_dim = 0;
   const float* row_scale = nullptr;   // [num_rows] for kInt8
   int64_t num_rows = 0;
   bool euclidean = false;             // exact scores are -||q - x||^2, not <q, x>
 
   int64_t leaves_to_search = 1;
+  int64_t leaves_ranked = 1;          // leaves of the best groups that are ranked, at least
+  // After its best leaves a query passes over those whose estimates would have to lie more than so
+  // many deviations beyond their mean to become candidates.
+  float deviations = std::numeric_limits<float>::infinity();
   int64_t rescore = 0;                // 0: the scores are estimates
+  int64_t retrieve = 0;               // slots kept for rescoring; their best rows are rescored
   int64_t k = 0;
   float* scores = nullptr;            // [num_queries, k]
   int32_t* ids = nullptr;             // [num_queries, k]

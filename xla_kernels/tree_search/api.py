@@ -10,6 +10,7 @@ from .. import library
 from ..layout import POINTS_LAST
 from ..varying import match_varying, varying_axes
 from . import cpu, xla
+from .effort import effort_of
 from .packed import PackedTree
 
 Implementation = Literal["xla", "cpu"]
@@ -24,8 +25,11 @@ def tree_search(
     rescore: int = 0,
     rows: Any = None,
     row_scale: Any = None,
+    row_queries: Any = None,
     usable: Any = None,
     euclidean: bool = False,
+    deviations: float | None = None,
+    retrieve: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Rank leaves, scan the codes of the best, score the best candidates exactly.
@@ -41,11 +45,19 @@ def tree_search(
       leaves_to_search: leaves probed, at least 1; more than there are means all.
       rescore: candidates whose score is computed from ``rows``, at least k; 0 returns estimates.
         The compiled kernel chooses candidates by tables rounded to 8 bits.
-      rows: ``float32``, ``bfloat16`` or ``int8[n, d]`` for the rescoring.
+      rows: ``float32``, ``bfloat16`` or ``int8[n, e]`` for the rescoring.
       row_scale: ``float32[n]`` factor of each int8 row.
+      row_queries: ``float32[b, e]`` the queries for the rescoring, where rows are wider than what
+        the tree quantizes; None takes ``queries``, and e = d.
       usable: ``bool[1 or b, S]`` slots that may be returned; None takes those of the tree. A slot
         without a row must not be usable.
       euclidean: exact scores are ``-||q - x||^2`` instead of ``<q, x>``.
+      deviations: after its four best leaves a query passes over those whose estimates would have
+        to lie more than so many deviations beyond their mean to reach the candidates held by then:
+        ``<q, centroid> + deviations ||q|| spread``, as if residuals had random directions. 3 to 4
+        save work where ``leaves_to_search`` is large; None passes over none.
+      retrieve: slots kept by estimate, whose best ``rescore`` distinct rows are rescored; None
+        takes ``rescore``, or twice that where rows lie in two leaves and few are rescored.
       implementation: ``"cpu"``, ``"xla"``, or None for the best that can run.
 
     Returns:
@@ -68,39 +80,33 @@ def tree_search(
       >>> ids.tolist(), scores.tolist()
       ([[7, 8]], [[3.0, -3.0]])
     """
-    if k < 1 or leaves_to_search < 1:
-        raise ValueError(
-            f"k and leaves_to_search must be at least 1; got {k} and {leaves_to_search}"
-        )
-    if rescore and (rescore < k or rows is None):
-        raise ValueError(f"rescore must be 0, or at least k = {k} and with rows; got {rescore}")
+    effort = effort_of(
+        tree,
+        rows,
+        k=k,
+        leaves_to_search=leaves_to_search,
+        rescore=rescore,
+        deviations=deviations,
+        retrieve=retrieve,
+    )
     queries = jnp.asarray(queries, jnp.float32)
-    rows, row_scale, usable = (
-        None if a is None else jnp.asarray(a) for a in (rows, row_scale, usable)
+    rows, row_scale, row_queries, usable = (
+        None if a is None else jnp.asarray(a) for a in (rows, row_scale, row_queries, usable)
     )
     run = _choose(tree, implementation, rows, euclidean)
-    operands = (tree, queries, rows, row_scale)
-    options = {
-        "k": k,
-        "leaves_to_search": min(leaves_to_search, tree.centroids.shape[0]),
-        "rescore": rescore,
-        "euclidean": euclidean,
-    }
+    operands = (tree, queries, rows, row_scale, row_queries)
+    options: dict[str, Any] = {"effort": effort, "euclidean": euclidean}
 
     @jax.custom_jvp
     def found(operands: Any, usable: Any) -> Any:
-        tree, queries, rows, row_scale = operands
-        return run(tree, queries, rows, row_scale, usable, **options)
+        return run(*operands, usable, **options)
 
     @found.defjvp
     def _rule(primals: Any, tangents: Any) -> Any:
         scores, ids = found(*primals)
 
         def scores_of(operands: Any) -> Any:
-            tree, queries, rows, row_scale = operands
-            return _scores_of(
-                tree, queries, rows, row_scale, ids, rescore=rescore, euclidean=euclidean
-            )
+            return _scores_of(operands, ids, rescore=rescore, euclidean=euclidean)
 
         _, change = jax.jvp(scores_of, primals[:1], tangents[:1])
 
@@ -110,18 +116,12 @@ def tree_search(
     return found(operands, usable)
 
 
-def _scores_of(
-    tree: PackedTree,
-    queries: jax.Array,
-    rows: jax.Array | None,
-    row_scale: jax.Array | None,
-    ids: jax.Array,
-    *,
-    rescore: int,
-    euclidean: bool,
-) -> jax.Array:
+def _scores_of(operands: Any, ids: jax.Array, *, rescore: int, euclidean: bool) -> jax.Array:
     """Scores of found rows as a differentiable function of the operands."""
+    tree, queries, rows, row_scale, row_queries = operands
     # Queries without results: NaN times a zero cotangent would still be NaN.
+    if rescore and row_queries is not None:
+        queries = row_queries
     queries = jnp.where(jnp.isfinite(queries).all(axis=1, keepdims=True), queries, 0)
     if rescore:
 

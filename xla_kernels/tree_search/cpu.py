@@ -9,6 +9,7 @@ from jax.custom_batching import custom_vmap
 
 from ..adc.cpu import LAYOUT_NUMBERS
 from ..varying import ffi_call
+from .effort import Effort
 from .packed import PackedTree
 
 
@@ -17,39 +18,42 @@ def tree_search(
     queries: jax.Array,
     rows: jax.Array | None,
     row_scale: jax.Array | None,
+    row_queries: jax.Array | None,
     usable: jax.Array | None,
     *,
-    k: int,
-    leaves_to_search: int,
-    rescore: int,
+    effort: Effort,
     euclidean: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores ``float32[b, k]`` and rows ``int32[b, k]``; see `api.tree_search`."""
     attributes = {
         "layout": np.int32(LAYOUT_NUMBERS[tree.codes.layout]),
-        "leaves_to_search": np.int64(leaves_to_search),
-        "rescore": np.int64(rescore),
+        "leaves_to_search": np.int64(effort.leaves_to_search),
+        "leaves_ranked": np.int64(effort.leaves_ranked),
+        "deviations": np.float32(effort.deviations),
+        "rescore": np.int64(effort.rescore),
+        "retrieve": np.int64(effort.retrieve),
         "euclidean": np.bool_(euclidean),
     }
-    empty = jnp.zeros(0, jnp.float32)
+    empty, k = jnp.zeros(0, jnp.float32), effort.k
     slots = tree.slot_rows.shape[0]  # the rule below must not hold on to traced arrays
 
     @custom_vmap
-    def call(queries: Any, usable: Any, rest: Any) -> Any:
+    def call(queries: Any, row_queries: Any, usable: Any, rest: Any) -> Any:
         b = queries.shape[0]
         out = (
             jax.ShapeDtypeStruct((b, k), jnp.float32),
             jax.ShapeDtypeStruct((b, k), jnp.int32),
         )
         before, after = rest
-        return tuple(
-            ffi_call("xla_kernels_tree_search", out, queries, *before, usable, *after, **attributes)
-        )
+        operands = (queries, *before, usable, *after, row_queries)
+        return tuple(ffi_call("xla_kernels_tree_search", out, *operands, **attributes))
 
     @call.def_vmap
-    def _fold(size: int, batched: Any, queries: Any, usable: Any, rest: Any) -> Any:
-        if any(jax.tree.leaves(batched[2])):
-            args = (queries, usable, rest)
+    def _fold(
+        size: int, batched: Any, queries: Any, row_queries: Any, usable: Any, rest: Any
+    ) -> Any:
+        if any(jax.tree.leaves(batched[3])):
+            args = (queries, row_queries, usable, rest)
 
             def step(i: Any) -> Any:
                 return call(*jax.tree.map(lambda x, b: x[i] if b else x, args, tuple(batched)))
@@ -57,18 +61,29 @@ def tree_search(
             return jax.lax.map(step, jnp.arange(size)), (True, True)
         if not batched[0]:
             queries = jnp.broadcast_to(queries[None], (size, *queries.shape))
+        if not batched[1]:
+            row_queries = jnp.broadcast_to(row_queries[None], (size, *row_queries.shape))
         b = queries.shape[1]
-        if batched[1] or usable.shape[-2] > 1:
-            usable = usable if batched[1] else usable[None]
+        if batched[2] or usable.shape[-2] > 1:
+            usable = usable if batched[2] else usable[None]
             usable = jnp.broadcast_to(usable, (size, b, slots)).reshape(size * b, slots)
-        scores, ids = call(queries.reshape(size * b, queries.shape[2]), usable, rest)
+        queries, row_queries = (q.reshape(size * b, q.shape[2]) for q in (queries, row_queries))
+        scores, ids = call(queries, row_queries, usable, rest)
         return (scores.reshape(size, b, k), ids.reshape(size, b, k)), (True, True)
 
+    groups: tuple = (
+        jnp.zeros((0, 0, 16, 2), jnp.int16), jnp.float32(1), empty, jnp.zeros(0, jnp.int32)
+    )  # fmt: skip
+    if tree.groups is not None:
+        g = tree.groups
+        groups = (g.tiles, g.scale, g.offset, g.starts)
     before = (
         tree.centroids,
         tree.tiles,
         tree.centroid_scale,
         tree.leaf_offset,
+        tree.spread,
+        *groups,
         tree.starts,
         tree.codewords,
         tree.codes.data,
@@ -76,4 +91,6 @@ def tree_search(
         tree.slot_rows,
     )
     after = (empty if rows is None else rows, empty if row_scale is None else row_scale)
-    return call(queries, tree.usable if usable is None else usable, (before, after))
+    if row_queries is None:
+        row_queries = queries[:, :0]  # the same, to the kernel
+    return call(queries, row_queries, tree.usable if usable is None else usable, (before, after))

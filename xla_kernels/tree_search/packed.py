@@ -6,11 +6,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..layout import PackedCodes, pack_codes
+from ..layout import PackedCodes, pack_codes, unpack_codes
 
 #: Norm of the longest centroid in 16-bit integers; the query has the same, so sums fit 32 bits.
 _INTEGER_NORM = 32000.0
 _TILE = 16
+
+
+class LeafGroups(NamedTuple):
+    """Groups of neighbouring leaves, ranked before the leaves; a pytree.
+
+    Attributes:
+      vectors: ``float32[G, d]``, groups are ranked by ``<q, vectors[g]>``.
+      offset: ``float32[G]`` added to those products; ``[0]`` for none.
+      starts: ``int32[G + 1]`` first leaf of each group.
+      tiles: the vectors in 16-bit integers, as those of leaves.
+      scale: ``float32[]`` of the tiles.
+    """
+
+    vectors: Any
+    offset: Any
+    starts: Any
+    tiles: Any
+    scale: Any
 
 
 class PackedTree(NamedTuple):
@@ -33,6 +51,9 @@ class PackedTree(NamedTuple):
       usable: ``bool[1, S]``, false where there is no row.
       ranking: ``float32[L, d]``, leaves are probed by ``<q, ranking[l]>``; ``[0, d]`` where these
         are the centroids.
+      spread: ``float32[L]`` deviation of a coordinate of what the codes of a leaf stand for, the
+        root of the mean of ``||decode(codes)||^2 / d`` over the rows packed.
+      groups: `LeafGroups`, or None where all leaves are ranked.
     """
 
     centroids: Any
@@ -46,6 +67,8 @@ class PackedTree(NamedTuple):
     slot_rows: Any
     usable: Any
     ranking: Any
+    spread: Any
+    groups: Any = None
 
     @property
     def block(self) -> int:
@@ -81,6 +104,7 @@ def pack_tree(
     ranking: Any = None,
     leaf_offset: Any = None,
     slot_offset: Any = None,
+    groups: Any = None,
 ) -> PackedTree:
     """Pack the leaves of a tree for `tree_search`.
 
@@ -94,6 +118,8 @@ def pack_tree(
         centroids.
       leaf_offset: ``[L]`` added to those products, or None.
       slot_offset: ``[S]`` term of each slot's score, or None.
+      groups: ``[G, d]`` vectors that rank groups of leaves and ``int32[G + 1]`` first leaf of each
+        group, or None for one level.
 
     Returns:
       `PackedTree`.
@@ -103,6 +129,7 @@ def pack_tree(
     """
     starts, slot_rows = np.asarray(starts, np.int32), np.asarray(slot_rows, np.int32)
     words = np.asarray(codewords, np.float32)
+    plain = np.asarray(unpack_codes(codes) if isinstance(codes, PackedCodes) else codes)
     if not isinstance(codes, PackedCodes):
         codes = pack_codes(codes, num_codewords=words.shape[1])
     size, slots = slots_per_block(words.shape[1]), len(slot_rows)
@@ -138,8 +165,41 @@ def pack_tree(
         slot_rows,
         (slot_rows >= 0)[None],
         ranking,
+        _spread(plain, words, starts * size, slot_rows, centroids.shape[1]),
+        None if groups is None else _groups(groups, centroids.shape, leaf_offset is not None),
     )
     return PackedTree(*jax.tree.map(jnp.asarray, operands))
+
+
+def _spread(
+    codes: np.ndarray, words: np.ndarray, starts: np.ndarray, slot_rows: np.ndarray, dim: int
+) -> np.ndarray:
+    """Deviation of a decoded coordinate, leaf by leaf; leaves without rows take the mean."""
+    square = np.zeros(len(codes), np.float32)
+    for subspace, size in zip(codes.T, np.sum(words * words, axis=2), strict=True):
+        square += size[np.minimum(subspace, len(size) - 1)]
+    held = slot_rows >= 0
+    leaf = np.repeat(np.arange(len(starts) - 1), np.diff(starts))[held[: starts[-1]]]
+    total = np.bincount(leaf, square[: starts[-1]][held[: starts[-1]]], len(starts) - 1)
+    count = np.bincount(leaf, minlength=len(starts) - 1)
+    mean = total.sum() / max(count.sum(), 1)
+    each = np.where(count > 0, total / np.maximum(count, 1), mean) / dim
+    return np.sqrt(each).astype(np.float32)
+
+
+def _groups(groups: Any, shape: tuple[int, int], offset: bool) -> LeafGroups:
+    vectors, starts = np.asarray(groups[0], np.float32), np.asarray(groups[1], np.int32)
+    leaves, dim = shape
+    if vectors.ndim != 2 or vectors.shape[1] != dim or starts.shape != (len(vectors) + 1,):
+        raise ValueError(
+            f"groups must be vectors [G, {dim}] and starts [G + 1]; got {vectors.shape} and "
+            f"{starts.shape}"
+        )
+    if not len(vectors) or starts[0] or starts[-1] != leaves or np.any(np.diff(starts) < 0):
+        raise ValueError(f"groups must start at leaf 0 and rise to {leaves}, the leaves there are")
+    tiles, scale = centroid_tiles(vectors)
+    half = -0.5 * np.sum(vectors * vectors, axis=1) if offset else np.zeros(0, np.float32)
+    return LeafGroups(vectors, half.astype(np.float32), starts, tiles, scale)
 
 
 def slots_per_block(num_codewords: int) -> int:

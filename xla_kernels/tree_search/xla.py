@@ -4,19 +4,24 @@ The scan is a loop over blocks of the probed leaves whose length follows their s
 not grow with the number of rows, and shapes stay static.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..layout import POINTS_LAST, PackedCodes, code_rows, unpack_codes
-from .packed import PackedTree
+from .effort import SURE_LEAVES, Effort
+from .packed import LeafGroups, PackedTree
 
 # Slots scored in one step of the scan.
 _STEP = 4096
 # Queries that share a product with the centroids. Always this many, so that a query gets the same
 # bits whatever the batch around it.
 _TILE = 8
+
+# Estimates kept beyond twice the results, as csrc/tree_search.cc does.
+SPARE = 32
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -33,32 +38,40 @@ def tree_search(
     queries: jax.Array,
     rows: jax.Array | None,
     row_scale: jax.Array | None,
+    row_queries: jax.Array | None,
     usable: jax.Array | None,
     *,
-    k: int,
-    leaves_to_search: int,
-    rescore: int,
+    effort: Effort,
     euclidean: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores ``float32[b, k]`` and rows ``int32[b, k]``; see `api.tree_search`."""
-    b = queries.shape[0]
+    b, k, rescore = queries.shape[0], effort.k, effort.rescore
     finite = jnp.all(jnp.isfinite(queries), axis=1)
+    if rescore and row_queries is not None:
+        finite = finite & jnp.all(jnp.isfinite(row_queries), axis=1)
+        row_queries = jnp.where(finite[:, None], row_queries, 0)
+    else:
+        row_queries = None
     queries = jnp.where(finite[:, None], queries, 0)
 
     def one(args: Any) -> Any:
-        q, shared, rank, mask, ok = args
+        q, full, shared, rank, mask, ok = args
         mask = tree.usable[0] if mask is None else mask
 
         def run() -> Any:
             # Where a row may have two slots, one of them is spare.
-            count = max(rescore, 2 * k)
-            found = _candidates(tree, q, shared, rank, mask, leaves_to_search, count)
+            count = max(effort.retrieve, 2 * k) if rescore else 2 * k + SPARE
+            found = _candidates(tree, q, shared, rank, mask, effort, count)
             numbers = tree.slot_rows[jnp.maximum(found.slots, 0)]
-            if rescore:
-                exact = row_scores(rows, row_scale, q, numbers, euclidean=euclidean)
-            else:
+            if not rescore:
                 exact = slot_scores(tree, q, found.slots)
-            return best_rows(jnp.where(found.slots >= 0, exact, -jnp.inf), numbers, k)
+                return best_rows(jnp.where(found.slots >= 0, exact, -jnp.inf), numbers, k)
+            kept = found.slots >= 0
+            if effort.retrieve > rescore:
+                kept = kept & _first_distinct(numbers, rescore)
+            q_full = q if full is None else full
+            exact = row_scores(rows, row_scale, q_full, numbers, euclidean=euclidean)
+            return best_rows(jnp.where(kept, exact, -jnp.inf), numbers, k)
 
         def nothing() -> Any:
             # Made from `ok`, so that both branches vary alike over the devices of shard_map.
@@ -68,12 +81,16 @@ def tree_search(
         return jax.lax.cond(ok, run, nothing)
 
     def tile(args: Any) -> Any:
-        q, mask, ok = args
+        q, full, mask, ok = args
         shared = jnp.matmul(q, tree.centroids.T, precision=_HIGHEST)
         rank = shared
         if tree.ranking.shape[0]:
             rank = jnp.matmul(q, tree.ranking.T, precision=_HIGHEST)
-        return jax.lax.map(one, (q, shared, rank, mask, ok))
+        rank = rank + tree.leaf_offset[None, :] if tree.leaf_offset.shape[0] else rank
+        if tree.groups is not None:
+            inside = _in_best_groups(tree.groups, q, rank.shape[1], effort.leaves_ranked)
+            rank = jnp.where(inside, rank, -jnp.inf)
+        return jax.lax.map(one, (q, full, shared, rank, mask, ok))
 
     # Written so that a batch of symbolic size divides too (jax.export).
     tiles = (b + _TILE - 1) // _TILE
@@ -84,7 +101,8 @@ def tree_search(
 
     if usable is not None and usable.shape[0] == 1:
         tree, usable = tree._replace(usable=usable), None
-    scores, ids = jax.lax.map(tile, jax.tree.map(in_tiles, (queries, usable, finite)))
+    operands = (queries, row_queries, usable, finite)
+    scores, ids = jax.lax.map(tile, jax.tree.map(in_tiles, operands))
     return scores.reshape(tiles * _TILE, k)[:b], ids.reshape(tiles * _TILE, k)[:b]
 
 
@@ -156,61 +174,115 @@ def _slot_scores(tree: PackedTree, table: jax.Array, blocks: jax.Array) -> jax.A
     return total
 
 
+def _first_distinct(numbers: jax.Array, count: int) -> jax.Array:
+    """Which of some rows, best first, are the first ``count`` different ones."""
+    place = jnp.arange(numbers.shape[0], dtype=jnp.int32)
+    order = jnp.lexsort((place, numbers))
+    repeated = jnp.concatenate([jnp.zeros(1, bool), numbers[order][1:] == numbers[order][:-1]])
+    fresh = jnp.zeros(numbers.shape, bool).at[order].set(~repeated)
+    return fresh & (jnp.cumsum(fresh.astype(jnp.int32)) <= count)
+
+
+def _in_best_groups(groups: LeafGroups, q: jax.Array, leaves: int, count: int) -> jax.Array:
+    """``bool[b, L]`` the leaves of the best groups, of as many as hold ``count`` leaves."""
+    rank = jnp.matmul(q, groups.vectors.T, precision=_HIGHEST)
+    rank = rank + groups.offset[None, :] if groups.offset.shape[0] else rank
+    sizes = groups.starts[1:] - groups.starts[:-1]
+    order = jnp.argsort(-rank, axis=1, stable=True)
+    before = jnp.cumsum(sizes[order], axis=1, dtype=jnp.int32) - sizes[order]
+    query = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
+    chosen = jnp.zeros(rank.shape, bool).at[query, order].set(before < count)
+    return jnp.repeat(chosen, sizes, axis=1, total_repeat_length=leaves)
+
+
 def _candidates(
     tree: PackedTree,
     q: Any,
     shared: Any,
     rank: Any,
     usable: Any,
-    leaves_to_search: int,
+    effort: Effort,
     count: int,
 ) -> Candidates:
     """The best ``count`` slots of the probed leaves by quantized score."""
-    rank = rank + tree.leaf_offset if tree.leaf_offset.shape[0] else rank
-    leaves = jax.lax.top_k(rank, min(leaves_to_search, rank.shape[0]))[1].astype(jnp.int32)
+    score, leaves = jax.lax.top_k(rank, min(effort.leaves_to_search, rank.shape[0]))
+    leaves = leaves.astype(jnp.int32)
     table = lookup_table(tree, q)
     size = tree.block
     count = min(count, tree.slot_rows.shape[0])
     per_step = max(_STEP // size, -(-count // size))
-    sizes = tree.starts[leaves + 1] - tree.starts[leaves]
-    ends = jnp.cumsum(sizes, dtype=jnp.int32)
-    total = ends[-1]
+    # Beyond the leaves of the best groups there are none.
+    sizes = jnp.where(score > -jnp.inf, tree.starts[leaves + 1] - tree.starts[leaves], 0)
     lanes = jnp.arange(size, dtype=jnp.int32)
 
     def lowest_rows(pool: Candidates) -> jax.Array:
         rows = tree.slot_rows[jnp.maximum(pool.slots, 0)]
         return jnp.lexsort((rows, -pool.scores))[:count].astype(jnp.int32)
 
-    def step(carry: Any) -> Any:
-        best, begin = carry
-        # The work list: place p lies in the first probed leaf whose end is beyond p.
-        place = begin + jnp.arange(per_step, dtype=jnp.int32)
-        rank = jnp.searchsorted(ends, place, side="right", method="compare_all").astype(jnp.int32)
-        rank = jnp.minimum(rank, leaves.shape[0] - 1)
-        leaf = leaves[rank]
-        block = jnp.where(place < total, tree.starts[leaf] + place - (ends - sizes)[rank], 0)
-        scores = _slot_scores(tree, table, block) + jnp.repeat(shared[leaf], size)
-        slots = (block[:, None] * size + lanes[None, :]).reshape(-1)
-        valid = jnp.repeat(place < total, size) & usable.reshape(-1, size)[block].reshape(-1)
-        scores = jnp.where(valid & ~jnp.isnan(scores), scores, -jnp.inf)
-        merged = Candidates(
-            jnp.concatenate([best.scores, scores]), jnp.concatenate([best.slots, slots])
-        )
-        top, order = jax.lax.top_k(merged.scores, count)
-        # A tie across the last place: top_k takes the first probed, the lowest row is wanted.
-        # Not top[-1]: XLA would merge that slice into the selection and sort everything.
-        last = jnp.min(top)
-        cut = jnp.sum(merged.scores == last) > jnp.sum(top == last)
-        order = jax.lax.cond(
-            cut & (last > -jnp.inf), lambda: lowest_rows(merged), lambda: order.astype(jnp.int32)
-        )
-        return jax.tree.map(lambda a: a[order], merged), begin + per_step
+    def scan(best: Candidates, sizes: jax.Array) -> Candidates:
+        ends = jnp.cumsum(sizes, dtype=jnp.int32)
+        total = ends[-1]
 
-    # Made from `total`, so that under shard_map the carry varies over devices from the start.
-    none = jnp.broadcast_to(total * 0, (count,))
-    empty = Candidates(none.astype(jnp.float32) - jnp.inf, none - 1)
-    best, _ = jax.lax.while_loop(lambda c: c[1] < total, step, (empty, total * 0))
+        def step(carry: Any) -> Any:
+            best, begin = carry
+            # The work list: place p lies in the first probed leaf whose end is beyond p.
+            place = begin + jnp.arange(per_step, dtype=jnp.int32)
+            rank = jnp.searchsorted(ends, place, side="right", method="compare_all")
+            rank = jnp.minimum(rank.astype(jnp.int32), leaves.shape[0] - 1)
+            leaf = leaves[rank]
+            block = jnp.where(place < total, tree.starts[leaf] + place - (ends - sizes)[rank], 0)
+            scores = _slot_scores(tree, table, block) + jnp.repeat(shared[leaf], size)
+            slots = (block[:, None] * size + lanes[None, :]).reshape(-1)
+            valid = jnp.repeat(place < total, size) & usable.reshape(-1, size)[block].reshape(-1)
+            scores = jnp.where(valid & ~jnp.isnan(scores), scores, -jnp.inf)
+            merged = Candidates(
+                jnp.concatenate([best.scores, scores]), jnp.concatenate([best.slots, slots])
+            )
+            top, order = jax.lax.top_k(merged.scores, count)
+            # A tie across the last place: top_k takes the first probed, the lowest row is wanted.
+            # Not top[-1]: XLA would merge that slice into the selection and sort everything.
+            last = jnp.min(top)
+            cut = jnp.sum(merged.scores == last) > jnp.sum(top == last)
+            order = jax.lax.cond(
+                cut & (last > -jnp.inf),
+                lambda: lowest_rows(merged),
+                lambda: order.astype(jnp.int32),
+            )
+            return jax.tree.map(lambda a: a[order], merged), begin + per_step
+
+        return jax.lax.while_loop(lambda c: c[1] < total, step, (best, total * 0))[0]
+
+    # Made from `sizes`, so that under shard_map the carry varies over devices from the start.
+    none = jnp.broadcast_to(jnp.sum(sizes, dtype=jnp.int32) * 0, (count,))
+    best = Candidates(none.astype(jnp.float32) - jnp.inf, none - 1)
+    if effort.deviations < math.inf and sizes.shape[0] > SURE_LEAVES:
+        sure = jnp.arange(sizes.shape[0]) < SURE_LEAVES
+        best = scan(best, jnp.where(sure, sizes, 0))
+        bar = best.scores[min(effort.retrieve, count) - 1 if effort.rescore else count - 1]
+        likely = highest_estimates(tree, q, leaves, shared[leaves], effort.deviations) >= bar
+        best = scan(best, jnp.where(likely & ~sure, sizes, 0))
+    else:
+        best = scan(best, sizes)
     return best._replace(slots=jnp.where(best.scores > -jnp.inf, best.slots, -1))
+
+
+def highest_estimates(
+    tree: PackedTree, q: jax.Array, leaves: jax.Array, mean: jax.Array, deviations: float
+) -> jax.Array:
+    """Estimates that rows of some leaves are unlikely to exceed.
+
+    A row of leaf l stands for c + r with r of deviation ``spread`` in every coordinate, so
+    <q, c + r> has the mean <q, c> and the deviation ||q|| spread. With slot offsets, which make the
+    estimate (||q||^2 - ||q - c - r||^2) / 2, r is weighed by q - c and lowers the mean by
+    ||r||^2 / 2.
+    """
+    spread = tree.spread[leaves]
+    norm = jnp.sqrt(jnp.sum(q * q))
+    if tree.slot_offset.shape[0]:
+        mean = mean + tree.leaf_offset[leaves] if tree.leaf_offset.shape[0] else mean
+        norm = jnp.sqrt(jnp.maximum(norm * norm - 2 * mean, 0))
+        mean = mean - 0.5 * spread * spread * q.shape[0]
+    return mean + deviations * norm * spread
 
 
 def slot_scores(tree: PackedTree, q: jax.Array, slots: jax.Array) -> jax.Array:
