@@ -5,6 +5,7 @@ from avq_jax.quantization.binary import BinaryCodec, fit_binary
 from avq_jax.quantization.codebook import Codebook
 from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
 from avq_jax.quantization.lloyd import History, LloydState, fit, lloyd_init, lloyd_update
+from avq_jax.quantization.quips import MahalanobisCodebook, fit_quips
 from avq_jax.quantization.rabitq import Unbiased, error_norms, rabitq, score_bounds
 from avq_jax.quantization.rotation import Rotated, rotation
 from avq_jax.quantization.scalar import fit_scalar
@@ -19,6 +20,7 @@ __all__ = [
     "Codes",
     "History",
     "LloydState",
+    "MahalanobisCodebook",
     "Rotated",
     "Scaled",
     "Unbiased",
@@ -28,6 +30,7 @@ __all__ = [
     "fit",
     "fit_additive",
     "fit_binary",
+    "fit_quips",
     "fit_scalar",
     "fit_scale",
     "fit_sgd",
