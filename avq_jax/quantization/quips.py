@@ -38,6 +38,7 @@ from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
 from avq_jax.quantization.lloyd import History, fit
 from avq_jax.quantization.lloyd_steps import check_sizes
 from avq_jax.quantization.rows import split
+from avq_jax.quantization.sgd import optimizer_step
 
 __all__ = ["MahalanobisCodebook", "fit_quips"]
 
@@ -102,7 +103,7 @@ class MahalanobisCodebook:
 
 def _whiten(factors: Float[Array, "m s s"], x: Float[Array, "n d"]) -> Float[Array, "n ms"]:
     """Rows ``L_j^T x_j``, subspaces side by side."""
-    parts = split(jnp.asarray(x), factors.shape[0])
+    parts = split(x, factors.shape[0])
     parts = jnp.einsum("mts,mtn->nms", factors, parts, precision="highest")
     return parts.reshape(parts.shape[0], -1)
 
@@ -124,7 +125,9 @@ def _(
     words = _whitened_words(codec.factors, codec.codebook.codewords)
     m, _, s = words.shape
     # Nothing couples the subspaces: the nearest codeword of each, without sweeps.
-    return encode(Codebook(words, dim=m * s), _whiten(codec.factors, rows.x), num_sweeps=0)
+    return encode(
+        Codebook(words, dim=m * s), _whiten(codec.factors, jnp.asarray(rows.x)), num_sweeps=0
+    )
 
 
 @decode.register
@@ -206,10 +209,10 @@ def _objective(words, shares, means, constraints, problem, penalty):
     tables = jnp.einsum(
         "bms,mks->bmk", problem.queries.reshape(-1, m, s), words, precision="highest"
     ).reshape(-1, m * k)
-    entry = jnp.arange(m) * k
+    entry = (jnp.arange(m) * k)[None]
     winner = jnp.sum(jnp.take_along_axis(tables, entry + constraints.winners, axis=1), axis=1)
     b, j, _ = constraints.others.shape
-    others = jnp.take_along_axis(tables, (entry + constraints.others).reshape(b, -1), axis=1)
+    others = jnp.take_along_axis(tables, (entry[None] + constraints.others).reshape(b, -1), axis=1)
     hinge = jnp.maximum(others.reshape(b, j, m).sum(axis=2) - winner[:, None], 0)
     return square / problem.unit + penalty * jnp.sum(hinge) / b / problem.deviation
 
@@ -237,8 +240,7 @@ def _descend(words, codes, constraints, problem, penalty):
 
     def one(carry, _):
         words, state = carry
-        changes, state = optimizer.update(jax.grad(objective)(words), state)
-        return (optax.apply_updates(words, changes), state), None
+        return optimizer_step(optimizer, jax.grad(objective)(words), state, words), None
 
     (words, _), _ = jax.lax.scan(one, (words, optimizer.init(words)), None, length=_STEPS)
     used = jnp.mean((counts > 0).astype(jnp.float32))
@@ -255,7 +257,7 @@ def fit_quips(
     num_codewords: int = 16,
     num_iterations: int = 25,
     num_rounds: int = 10,
-    num_constraints: int = 32,
+    num_constraints: int = 128,
     penalty: float | int = 0.1,
     progress: bool | None = None,
 ) -> tuple[MahalanobisCodebook, History]:
@@ -323,7 +325,7 @@ def fit_quips(
         check_magnitude(queries)
     exact, mean = _factors(sample, m)
     factors = jnp.asarray(exact, jnp.float32)
-    rows = _whiten(factors, x)
+    rows = _whiten(factors, jnp.asarray(x))
     state, history = fit(
         key,
         rows,

