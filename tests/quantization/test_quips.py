@@ -130,19 +130,29 @@ def recall(codec, x, queries):
     return (found == truth[:, None]).any(axis=1).mean()
 
 
-def test_constraints_raise_the_recall_of_their_queries(task):
+def violation(codec, x, queries):
+    """Mean over queries of how far rows come before the best one, summed over rows."""
+    scores = queries @ np.asarray(avq_jax.decode(codec, avq_jax.encode(codec, x))).T
+    best = np.argmax(queries @ x.T, axis=1)[:, None]
+    ahead = np.maximum(scores - np.take_along_axis(scores, best, axis=1), 0)
+    return ahead.sum(axis=1).mean()
+
+
+def test_constraints_are_what_opt_adds(task):
     x, sample = task
-    options = {"queries": sample, "num_subspaces": 8}
-    start, _ = fit_quips(KEY, x, variant="cov_q", **options)
-    codec, history = fit_quips(KEY, x, variant="opt", penalty=0.3, num_constraints=32, **options)
-    assert recall(codec, x, sample) > recall(start, x, sample) + 0.02
-    assert history.loss[-1] < 0.95 * history.loss[-5]
+    options = {"queries": sample, "num_subspaces": 8, "variant": "opt"}
+    free, before = fit_quips(KEY, x, penalty=0, **options)
+    codec, after = fit_quips(KEY, x, penalty=0.3, **options)
+    assert violation(codec, x, sample) < 0.85 * violation(free, x, sample)
+    assert recall(codec, x, sample) > recall(free, x, sample)
+    assert after.loss[-1] < after.loss[-5]
     # They cost some of the loss.
     losses = [
         mahalanobis(c, x - np.asarray(avq_jax.decode(c, avq_jax.encode(c, x)))).mean()
-        for c in (start, codec)
+        for c in (free, codec)
     ]
     assert losses[0] < losses[1] < 2 * losses[0]
+    assert before.loss[-1] < after.loss[-1]
 
 
 def test_without_penalty_or_rounds_opt_is_cov_q(task):
@@ -152,9 +162,9 @@ def test_without_penalty_or_rounds_opt_is_cov_q(task):
     none, history = fit_quips(KEY, x, variant="opt", num_rounds=0, **options)
     jax.tree.map(np.testing.assert_array_equal, none, start)
     np.testing.assert_array_equal(history.loss, before.loss)
-    free, history = fit_quips(KEY, x, variant="opt", penalty=0, **options)
-    assert history.loss[-1] == pytest.approx(before.loss[-1], rel=0.02)
-    assert recall(free, x, sample) == pytest.approx(recall(start, x, sample), abs=0.03)
+    # Without a penalty the rounds are more steps of k-means.
+    _, history = fit_quips(KEY, x, variant="opt", penalty=0, **options)
+    assert 0.95 * before.loss[-1] < history.loss[-1] < 1.02 * before.loss[-1]
 
 
 def test_best_rows_are_those_of_the_largest_product(task):
