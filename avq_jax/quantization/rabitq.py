@@ -124,8 +124,10 @@ def rabitq(key: Array, dim: int) -> Unbiased:
     """Give the codec of RaBitQ: a random rotation, signs, and the unbiased gain.
 
     Nothing is learned. Rows that lie far from the origin, or behind the leaf of a tree, lose less
-    when their mean c is taken off first: ``<q, x> = <q, c> + <q, x - c>``. For more bits put
-    another codec behind the rotation, ``Unbiased(Rotated(codec, R))``.
+    when their mean c is taken off first: ``<q, x> = <q, c> + <q, x - c>``. Their codes may keep the
+    error along c, ``<c, r>``, as the ``offset`` of :class:`~avq_jax.Codes`; what is left is the
+    error of q - c, whose bound :func:`score_bounds` gives for that query. For more bits put another
+    codec behind the rotation, ``Unbiased(Rotated(codec, R))``.
 
     Args:
       key: a typed key, of the rotation.
