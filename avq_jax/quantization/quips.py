@@ -27,7 +27,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int32
 
 from avq_jax.checks import as_count, as_rows, is_traced
@@ -220,6 +219,8 @@ def _objective(words, shares, means, constraints, problem, penalty):
 @jax.jit
 def _descend(words, codes, constraints, problem, penalty):
     """Gradient steps of the codewords for fixed codes and constraints; and the whole objective."""
+    import optax  # type: ignore[import-untyped]  # deferred: it is slow to import
+
     m, k, s = words.shape
     parts = problem.rows.reshape(-1, m, s)
     sums = jax.vmap(
@@ -348,8 +349,8 @@ def fit_quips(
         )
         found = []
         for _ in steps(num_rounds, "learning under constraints", progress):
-            codes = encode(Codebook(words, dim=rows.shape[1]), rows, num_sweeps=0)
-            codes = codes.codes.astype(jnp.int32)
+            nearest = encode(Codebook(words, dim=rows.shape[1]), rows, num_sweeps=0)
+            codes = nearest.codes.astype(jnp.int32)
             constraints = _most_violated(words, codes, problem, count)
             words, loss, used = _descend(words, codes, constraints, problem, jnp.float32(penalty))
             found.append((float(loss) * unit * mean, float(used)))
