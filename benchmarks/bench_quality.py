@@ -214,6 +214,83 @@ def run_queries(task):
             print(task.rows[-1], flush=True)
 
 
+def run_quips(task):
+    """QUIPS in its three variants; half of the queries are its sample, the others are asked."""
+    m = round(task.bits / 4)
+    half = np.random.default_rng(1).permutation(len(task.queries))[: len(task.queries) // 2]
+    asked = np.ones(len(task.queries), bool)
+    asked[half] = False
+    options = {"num_subspaces": m, "num_iterations": 25, "progress": False}
+    few, everything = task.scaling(len(task.learn)), task.scaling(task.n)
+
+    def quips(variant):
+        sample = None if variant == "cov_x" else task.queries[half]
+        return avq_jax.fit_quips(task.key, task.learn, queries=sample, variant=variant, **options)[
+            0
+        ]
+
+    def product(scaling):
+        return avq_jax.fit(task.key, task.learn, scaling, **options)[0].codebook
+
+    for name, learn, scaling in (
+        ("PQ, reconstruction", lambda: product(None), None),
+        ("PQ, score-aware", lambda: product(few), everything),
+        ("QUIPS cov(x)", lambda: quips("cov_x"), None),
+        ("QUIPS cov(q)", lambda: quips("cov_q"), None),
+        ("QUIPS opt", lambda: quips("opt"), None),
+    ):
+        codec, fit_s = cpu(learn)
+        codes, encode_s = cpu(lambda c=codec, s=scaling: avq_jax.encode(c, task.x, s))
+        tables = avq_jax.lookup_table(codec, task.queries[asked])
+        packed = pack_codes(codes.codes, num_codewords=codec.num_codewords)
+        row = {"name": name, "bits": codec.bits, "queries": "the half not sampled"}
+        row |= task.recall(adc_top_k(tables, packed, 100)[1], asked)
+        task.rows.append(row | {"fit_s": fit_s, "encode_s": encode_s})
+        print(task.rows[-1], flush=True)
+
+
+def run_rabitq(task):
+    """RaBitQ, ours and FAISS's, of rows less their mean, which keeps the order of scores.
+
+    Beside recall, the share of the scores inside their bounds, for some queries and all rows.
+    """
+    import faiss
+
+    if abs(task.dim - task.bits) > 0.75 * task.bits:
+        return
+    centre = task.learn.mean(axis=0)
+    rows = task.x - centre
+    codec = avq_jax.rabitq(task.key, task.dim)
+    codes, encode_s = cpu(lambda: avq_jax.encode(codec, rows))
+    # The error of a row along the mean is known: kept as an offset it leaves that of q - mean.
+    decoded = np.asarray(avq_jax.decode(codec, codes))
+    offset = (rows - decoded) @ centre
+    errors = avq_jax.error_norms(codec, codes, rows)
+    tables = avq_jax.lookup_table(codec, task.queries)
+    packed = pack_codes(codes.codes, num_codewords=codec.num_codewords)
+    some = task.queries[:100]
+    for name, bits, more, asked in (
+        ("RaBitQ, signs and gain", codec.bits, {}, some),
+        ("RaBitQ, signs, gain and offset", codec.bits + 32, {"offset": offset}, some - centre),
+    ):
+        options = {"gain": codes.gain, **more}
+        adc_top_k(tables[:64], packed, 100, **options)
+        found, scan_s = cpu(lambda o=options: adc_top_k(tables, packed, 100, **o))
+        gap = np.abs(asked @ (rows - decoded).T)
+        inside = {
+            str(e): float((gap <= avq_jax.score_bounds(errors, asked, epsilon=e)).mean())
+            for e in (0.3, 1.9, 3.0)
+        }
+        scan_ns = 1e9 * scan_s / len(task.queries) / task.n
+        times = {"fit_s": 0.0, "encode_s": encode_s, "scan_ns": scan_ns}
+        task.add(name, bits, found[1], inside_bounds=inside, **times)
+    faiss.omp_set_num_threads(1)
+    index = faiss.IndexRaBitQ(task.dim, faiss.METRIC_INNER_PRODUCT)
+    bits = 8 * index.code_size  # one a dimension, and the factors of a row
+    rotation = faiss.RandomRotationMatrix(task.dim, task.dim)
+    whole(task, "RaBitQ", bits, faiss.IndexPreTransform(rotation, index))
+
+
 def decoded(task, name, bits, quantizer, learn, transform=None):
     """A quantizer of FAISS, scored by its decoded rows."""
 
@@ -241,8 +318,17 @@ def run_lsq(task):
     decoded(task, f"LSQ {m} x 16", 4 * m, lsq, task.learn[:20_000])
 
 
+def whole(task, name, bits, index):
+    """An index of FAISS, scored by its own search."""
+    _, fit_s = cpu(lambda: index.train(task.learn))
+    _, encode_s = cpu(lambda: index.add(task.x))
+    (_, ids), scan_s = cpu(lambda: index.search(task.queries, 100))
+    scan_ns = 1e9 * scan_s / len(task.queries) / task.n
+    task.add(f"FAISS {name}", bits, ids, fit_s=fit_s, encode_s=encode_s, scan_ns=scan_ns)
+
+
 def run_faiss(task):
-    """FAISS's product, optimized product, binary and RaBitQ quantizers."""
+    """FAISS's product, optimized product and binary quantizers."""
     import faiss
 
     faiss.omp_set_num_threads(1)
@@ -267,21 +353,9 @@ def run_faiss(task):
             pq = faiss.ProductQuantizer(d, count, wide)
             decoded(task, f"PQ {count} x {2**wide}", count * wide, pq, task.learn)
 
-    def whole(name, bits, index):
-        _, fit_s = cpu(lambda: index.train(task.learn))
-        _, encode_s = cpu(lambda: index.add(task.x))
-        (_, ids), scan_s = cpu(lambda: index.search(task.queries, 100))
-        scan_ns = 1e9 * scan_s / len(task.queries) / task.n
-        task.add(f"FAISS {name}", bits, ids, fit_s=fit_s, encode_s=encode_s, scan_ns=scan_ns)
-
     if task.bits <= d:
         itq = faiss.index_factory(d, f"ITQ{task.bits // 4 * 4},LSHt")
-        whole("ITQ", task.bits // 4 * 4, itq)
-    rabitq = faiss.IndexRaBitQ(d, faiss.METRIC_INNER_PRODUCT)
-    bits = 8 * rabitq.code_size  # one a dimension, and the factors of a row
-    if abs(bits - task.bits) <= 0.75 * task.bits:
-        rotation = faiss.RandomRotationMatrix(d, d)
-        whole("RaBitQ", bits, faiss.IndexPreTransform(rotation, rabitq))
+        whole(task, "ITQ", task.bits // 4 * 4, itq)
 
 
 def run_scann(task):
@@ -349,6 +423,8 @@ GROUPS = {
     "additive": run_additive,
     "tree": run_tree,
     "queries": run_queries,
+    "quips": run_quips,
+    "rabitq": run_rabitq,
     "faiss": run_faiss,
     "lsq": run_lsq,
     "scann": run_scann,

@@ -174,7 +174,7 @@ def _quality(result: dict) -> str:
             f"| {row['10@100']:.3f} | {' | '.join(cells)} | {number(row, 'scan_ns', 2)} |"
         )
     if asked:
-        lines += ["", "Codes encoded for known queries, from a sample of the base:", ""]
+        lines += ["", "Known queries: a sample of the base; for QUIPS, the other half of them.", ""]
         lines += ["| codes | queries asked | recall 1@1 | 1@10 | 10@100 |", "|---|---|---|---|---|"]
     for row in asked:
         recalls = " | ".join(f"{row[name]:.3f}" for name in ("1@1", "1@10", "10@100"))

@@ -5,6 +5,8 @@ from avq_jax.quantization.binary import BinaryCodec, fit_binary
 from avq_jax.quantization.codebook import Codebook
 from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
 from avq_jax.quantization.lloyd import History, LloydState, fit, lloyd_init, lloyd_update
+from avq_jax.quantization.quips import MahalanobisCodebook, fit_quips
+from avq_jax.quantization.rabitq import Unbiased, error_norms, rabitq, score_bounds
 from avq_jax.quantization.rotation import Rotated, rotation
 from avq_jax.quantization.scalar import fit_scalar
 from avq_jax.quantization.scale import Scaled, fit_scale
@@ -18,13 +20,17 @@ __all__ = [
     "Codes",
     "History",
     "LloydState",
+    "MahalanobisCodebook",
     "Rotated",
     "Scaled",
+    "Unbiased",
     "decode",
     "encode",
+    "error_norms",
     "fit",
     "fit_additive",
     "fit_binary",
+    "fit_quips",
     "fit_scalar",
     "fit_scale",
     "fit_sgd",
@@ -32,5 +38,7 @@ __all__ = [
     "lloyd_init",
     "lloyd_update",
     "lookup_table",
+    "rabitq",
     "rotation",
+    "score_bounds",
 ]

@@ -24,7 +24,7 @@ from avq_jax.quantization.codebook import as_learning_rows
 from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
 from avq_jax.quantization.rows import Rows
 
-__all__ = ["Rotated", "rotation"]
+__all__ = ["Rotated", "random_rotation", "rotation"]
 
 Method = Literal["pca", "random"]
 
@@ -118,6 +118,12 @@ def _(codec: Rotated, q: Any) -> Array:
     return lookup_table(codec.codec, _turn(codec.matrix, q))
 
 
+def random_rotation(key: Array, dim: int) -> Float[Array, "d d"]:
+    """Draw uniformly from all rotations and reflections (Haar measure)."""
+    q, r = jnp.linalg.qr(jax.random.normal(key, (dim, dim)))
+    return q * jnp.sign(jnp.diagonal(r))[None]
+
+
 def rotation(
     key: Array, x: Any, *, num_subspaces: int = 1, method: Method = "pca"
 ) -> Float[Array, "d d"]:
@@ -153,8 +159,7 @@ def rotation(
     if m > d:
         raise ValueError(f"num_subspaces must be at most the width of x, {d}; got {m}")
     if method == "random":
-        q, r = jnp.linalg.qr(jax.random.normal(key, (d, d)))
-        return q * jnp.sign(jnp.diagonal(r))[None]
+        return random_rotation(key, d)
     if method != "pca":
         raise ValueError(f"method must be 'pca' or 'random'; got {method!r}")
     if is_traced(x):

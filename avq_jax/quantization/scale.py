@@ -28,7 +28,7 @@ from avq_jax.quantization.codebook import as_learning_rows
 from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
 from avq_jax.quantization.rows import Rows
 
-__all__ = ["Scaled", "fit_scale"]
+__all__ = ["Scaled", "codes_without_gain", "fit_scale"]
 
 _LLOYD_ITERATIONS = 30
 
@@ -128,7 +128,12 @@ def _better(old: tuple, new: tuple) -> tuple[Array, Array, Array]:
     return codes, jnp.where(better, new[1], old[1]), jnp.where(better, new[2], old[2])
 
 
-def _plain(codec: Any, rows: Rows, **options: Any) -> Codes:
+def codes_without_gain(codec: Any, rows: Rows, **options: Any) -> Codes:
+    """Codes of the rows by a codec inside another that gives them their gain.
+
+    Raises:
+      TypeError: the codec has a gain or an offset of its own.
+    """
     codes = encode(
         codec, rows.x, rows.scaling, direction=rows.direction, extra=rows.extra, **options
     )
@@ -157,7 +162,7 @@ def _(
     count = codec.levels.shape[0]
 
     def at(gain):
-        codes = _plain(codec.codec, _divided(rows, gain), **options).codes
+        codes = codes_without_gain(codec.codec, _divided(rows, gain), **options).codes
         decoded = decode(codec.codec, codes)
         gain = _gains(codec.levels, decoded, rows)
         return codes, gain, _loss(decoded, gain, rows)
@@ -245,7 +250,7 @@ def fit_scale(
         codec = codec.codec
     else:
         bisect = False
-        codes = _plain(codec, rows).codes
+        codes = codes_without_gain(codec, rows).codes
     decoded = decode(codec, codes)
     square, across = (np.asarray(v, np.float64) for v in _parabola(decoded, rows))
     return Scaled(codec, jnp.asarray(_levels(square, across, 1 << bits)), bisect)
