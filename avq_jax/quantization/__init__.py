@@ -4,7 +4,10 @@ from avq_jax.quantization.additive import AdditiveCodebook, fit_additive
 from avq_jax.quantization.binary import BinaryCodec, fit_binary
 from avq_jax.quantization.codebook import Codebook
 from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
+from avq_jax.quantization.fine_tuning import RankingHistory, fit_ranking
+from avq_jax.quantization.learned_rotation import choose_rotation, fit_rotated
 from avq_jax.quantization.lloyd import History, LloydState, fit, lloyd_init, lloyd_update
+from avq_jax.quantization.ranking import ranking_loss
 from avq_jax.quantization.rotation import Rotated, rotation
 from avq_jax.quantization.scalar import fit_scalar
 from avq_jax.quantization.scale import Scaled, fit_scale
@@ -18,13 +21,17 @@ __all__ = [
     "Codes",
     "History",
     "LloydState",
+    "RankingHistory",
     "Rotated",
     "Scaled",
+    "choose_rotation",
     "decode",
     "encode",
     "fit",
     "fit_additive",
     "fit_binary",
+    "fit_ranking",
+    "fit_rotated",
     "fit_scalar",
     "fit_scale",
     "fit_sgd",
@@ -32,5 +39,6 @@ __all__ = [
     "lloyd_init",
     "lloyd_update",
     "lookup_table",
+    "ranking_loss",
     "rotation",
 ]
