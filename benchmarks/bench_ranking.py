@@ -57,10 +57,10 @@ def main(argv=None):
         gap = after[1].astype(float) - before[1]
         row = {
             "name": name,
-            "before": {"1@1": before[0].mean(), "1@10": before[1].mean()},
-            "after": {"1@1": after[0].mean(), "1@10": after[1].mean()},
-            "gain_1@10": gap.mean(),
-            "standard_error": gap.std() / np.sqrt(len(gap)),
+            "before": {"1@1": float(before[0].mean()), "1@10": float(before[1].mean())},
+            "after": {"1@1": float(after[0].mean()), "1@10": float(after[1].mean())},
+            "gain_1@10": float(gap.mean()),
+            "standard_error": float(gap.std() / np.sqrt(len(gap))),
             "fit_s": fit_s,
             "tune_s": tune_s,
             "loss": [round(float(v), 5) for v in history.loss],
