@@ -160,6 +160,7 @@ class TestLearner:
         )
         jax.tree.map(np.testing.assert_array_equal, first, second)
 
+    @pytest.mark.full
     def test_inside_jit(self):
         x = jnp.asarray(correlated())
 
@@ -209,6 +210,7 @@ class TestLearner:
 
 
 class TestChoice:
+    @pytest.mark.full
     def test_correlated_rows_are_rotated_by_default(self):
         x = correlated(2000)
         codec, _ = avq_jax.fit_rotated(
@@ -216,6 +218,7 @@ class TestChoice:
         )
         assert np.abs(np.asarray(codec.matrix) - np.eye(8)).max() > 0.1
 
+    @pytest.mark.full
     def test_a_rotation_that_gains_nothing_is_not_chosen(self):
         x = np.random.default_rng(0).normal(size=(4000, 8)).astype(np.float32)
         method, losses = avq_jax.choose_rotation(
