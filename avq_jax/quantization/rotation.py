@@ -24,7 +24,7 @@ from avq_jax.quantization.codebook import as_learning_rows
 from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
 from avq_jax.quantization.rows import Rows
 
-__all__ = ["Rotated", "random_rotation", "rotation"]
+__all__ = ["Method", "Rotated", "random_rotation", "rotation", "turn_rows"]
 
 Method = Literal["pca", "random"]
 
@@ -78,7 +78,8 @@ def _turn(matrix: Array, v: Any) -> Array:
     return jnp.einsum("ed,...d->...e", matrix, jnp.asarray(v), precision="highest")
 
 
-def _turn_rows(matrix: Array, rows: Rows) -> Rows:
+def turn_rows(matrix: Array, rows: Rows) -> Rows:
+    """Turn rows, their directions and any further terms by R; losses stay what they are."""
     extra = rows.extra
     return Rows(
         _turn(matrix, rows.x),
@@ -99,7 +100,7 @@ def _(
     **options: Any,
 ) -> Codes:
     rows = as_learning_rows(x, scaling, direction, extra, dim=codec.dim)
-    rows = _turn_rows(codec.matrix, rows)
+    rows = turn_rows(codec.matrix, rows)
     return encode(
         codec.codec, rows.x, rows.scaling, direction=rows.direction, extra=rows.extra, **options
     )
