@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -74,6 +75,37 @@ def test_a_broken_library_warns_once_and_runs_xla(tmp_path):
     out = run(XLA_KERNELS_LIBRARY=str(broken))
     assert out.startswith(f"{expected_ids()} None xla 1")
     assert "cannot be loaded" in out
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize(
+    ("versions", "reason"),
+    [
+        ({"abi": library.ABI + 1}, f"library interface {library.ABI + 1}, this package needs"),
+        ({"abi": library.ABI - 1}, f"library interface {library.ABI - 1}, this package needs"),
+        ({"ffi_minor": 10_000}, "rebuild with this jaxlib"),
+        ({"ffi_major": 7}, "rebuild with this jaxlib"),
+    ],
+    ids=str,
+)
+def test_a_library_of_another_version_is_refused_with_the_reason(tmp_path, versions, reason):
+    versions = {"abi": library.ABI, "ffi_major": 0, "ffi_minor": 1} | versions
+    source = "".join(
+        f"int xla_kernels_{name}(void) {{ return {x}; }}\n" for name, x in versions.items()
+    )
+    others = (
+        *library.TARGETS,
+        *(f"xla_kernels_{x}" for x in ("level", "level_reason", "set_level")),
+    )
+    # Called, any of these would end the process.
+    source += "".join(f"void {name}(void) {{ __builtin_trap(); }}\n" for name in others)
+    (tmp_path / "other.c").write_text(source)
+    other = tmp_path / "other.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", other, tmp_path / "other.c"], check=True)
+    out = run(XLA_KERNELS_LIBRARY=str(other))
+    assert out.startswith(f"{expected_ids()} None xla 1")
+    assert reason in out
+    assert "rebuild" in out
 
 
 def test_disabled_on_request_says_nothing():
