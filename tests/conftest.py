@@ -1,5 +1,6 @@
 """Shared test set-up: eight host devices, quick compilation, strict promotion, shape checks."""
 
+import gc
 import os
 import pathlib
 
@@ -32,3 +33,25 @@ CACHE = pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Each compiled program keeps a few memory mappings, of which Linux grants a process 65,530; a
+# worker that reaches the limit is aborted by LLVM. Dropped programs are read from the cache again.
+MAPPINGS = pathlib.Path("/proc/self/maps")
+ENOUGH = 30_000
+
+
+class Room:
+    """Between two files, drops compiled programs if they hold many mappings."""
+
+    def pytest_runtest_teardown(self, item, nextitem):
+        if nextitem is None or nextitem.path == item.path or not MAPPINGS.exists():
+            return
+        with MAPPINGS.open("rb") as lines:
+            many = sum(1 for _ in lines) > ENOUGH
+        if many:
+            jax.clear_caches()
+            gc.collect()
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Room())
