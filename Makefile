@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full test-models lint sanitize aot readme notebooks docs clean help
+.PHONY: demo test test-full test-optimized test-models lint sanitize aot readme notebooks docs clean help
 
 help:
 	@echo "make demo       learn, index and search real word vectors (about 2 minutes)"
 	@echo "make test       lint, types and the test suite (about 8 minutes on two cores)"
 	@echo "make test-full  the longer tests"
+	@echo "make test-optimized  the test suite compiled as users compile, slower"
 	@echo "make test-models  the layers in flax and equinox, and every notebook"
 	@echo "make lint       lint and types alone"
 	@echo "make sanitize   random shapes through the C++ core under ASan and UBSan"
@@ -48,6 +49,10 @@ test: lint
 
 test-full: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m full --durations 10
+
+# The compiler's default settings (tests/conftest.py), in a cache of their own keys.
+test-optimized: $(VENV)/.test
+	AVQ_TEST_COMPILE=default $(BIN)/python -m pytest -n 2 --dist loadfile -m "not full"
 
 # Also inside models of flax and equinox, and every notebook.
 test-models: $(VENV)/.models

@@ -1,15 +1,20 @@
-"""The ADC scan against FAISS's fast scan, interleaved on one core; ids checked, JSON written.
+"""The ADC scan against FAISS's scans, interleaved on one core; ids checked, JSON written.
 
 Run it pinned, for example ``taskset -c 1 python benchmarks/bench_adc.py --out results.json``. All
 sides run in the same process, one thread, a few calls at a time in turn; the first calls of a turn
 are not counted, so that nobody pays for the caches another side left behind. Reported are medians
 of CPU time (which other processes do not inflate) beside the wall clock.
 
-``--simd avx2`` starts again with both sides held to AVX2. ``--dataset`` takes an HDF5 file with
-``train`` rows for the int8 part; without it rows are random, and recall is not reported.
+Codes of 4 bits run beside ``IndexPQFastScan``; codes of ``--more-bits`` (6 and 8: 64 and 256
+codewords) beside ``IndexPQ`` and XLA's gather, at the first of ``--n`` and ``--more-batches``.
+
+``--simd avx2`` starts again with both sides held to AVX2 (ScaNN cannot be held). ``--dataset``
+takes an HDF5 file with ``train`` and ``test`` rows for the int8 part, which is left out without it:
+the int8 scan beside the fastest exact float32 of the same run (ScaNN's brute force, XLA, NumPy).
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -42,8 +47,8 @@ def measure(sides, budget, turn=3, warm=1):
             return {name: tuple(np.median(x, axis=0).tolist()) for name, x in times.items()}
 
 
-def adc_case(n, m, batches, k, budget, plain_xla):
-    """16-entry codes of random points: FAISS adds the points, its own codes go to our kernel."""
+def adc_case(n, m, batches, k, budget, plain_xla, bits=4):
+    """Codes of random points: FAISS learns the codewords, and both sides encode alike."""
     import faiss
     import jax
     import jax.numpy as jnp
@@ -54,17 +59,18 @@ def adc_case(n, m, batches, k, budget, plain_xla):
     rng = np.random.default_rng(0)
     d = 2 * m
     points = rng.standard_normal((n, d), np.float32)
-    index = faiss.IndexPQFastScan(d, m, 4, faiss.METRIC_INNER_PRODUCT)
+    kind, k_words = (faiss.IndexPQFastScan if bits == 4 else faiss.IndexPQ), 2**bits
+    index = kind(d, m, bits, faiss.METRIC_INNER_PRODUCT)
     index.train(points[:20000])
     codes = np.empty((n, m), np.uint8)
-    words = faiss.vector_to_array(index.pq.centroids).reshape(m, 16, 2)
+    words = faiss.vector_to_array(index.pq.centroids).reshape(m, k_words, 2)
     for j in range(m):  # the same assignment as index.add, Euclidean nearest
         part = points[:, 2 * j : 2 * j + 2]
         codes[:, j] = (-2 * part @ words[j].T + (words[j] ** 2).sum(1)).argmin(1)
     index.add(points)
     del points
-    packed = jax.block_until_ready(xla_kernels.pack_codes(codes, num_codewords=16))
-    columns = xla_kernels.pack_codes(codes, num_codewords=16, layout="columns")
+    packed = jax.block_until_ready(xla_kernels.pack_codes(codes, num_codewords=k_words))
+    columns = xla_kernels.pack_codes(codes, num_codewords=k_words, layout="columns")
 
     @jax.jit
     def gather(t, c):
@@ -119,7 +125,7 @@ def adc_case(n, m, batches, k, budget, plain_xla):
         row = {
             "n": n,
             "m": m,
-            "k": 16,
+            "k": k_words,
             "results": k,
             "batch": b,
             "ns_per_point_and_query_cpu": {name: round(x[0], 4) for name, x in per.items()},
@@ -130,22 +136,26 @@ def adc_case(n, m, batches, k, budget, plain_xla):
             "scores_equal_numpy_adc": exact_scores,
             "faiss_overlap_with_numpy_adc": round(overlap, 4),
             "rounded_overlap_with_numpy_adc": round(rounded_overlap, 4),
-            # One 64-byte shuffle a cycle (Zen 4, Ice Lake); processors with two can pass it.
-            "shuffle_bound_ns_at_3.4_GHz": round(-(-m // 4) * 4 / 64 / 3.4, 4),
         }
-        bound = row["shuffle_bound_ns_at_3.4_GHz"]
-        row["fraction_of_bound"] = round(bound / per["exact"][0], 3)
+        if bits == 4:
+            # One 64-byte shuffle a cycle (Zen 4, Ice Lake); processors with two can pass it.
+            bound = round(-(-m // 4) * 4 / 64 / 3.4, 4)
+            row["shuffle_bound_ns_at_3.4_GHz"] = bound
+            row["fraction_of_bound"] = round(bound / per["exact"][0], 3)
+        else:
+            row["ns_per_code_cpu"] = {name: round(x[0] / m, 5) for name, x in per.items()}
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
 
 
 def int8_case(dataset, budget, b=1024, k=10):
-    """Time the flat int8 scan against exact float32 products, both with selection; recall 10@10."""
+    """Time the flat int8 scan against exact float32 products, all with selection; recall 10@10."""
     import h5py
     import jax
     import jax.numpy as jnp
     import numpy as np
+    import scann
 
     import xla_kernels
 
@@ -154,7 +164,8 @@ def int8_case(dataset, budget, b=1024, k=10):
         queries = file["test"][:b].astype(np.float32)
     base /= np.maximum(np.linalg.norm(base, axis=1, keepdims=True), 1e-9)
     queries /= np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-9)
-    n, b = len(base), len(queries)
+    b = len(queries) // 64 * 64
+    n, queries = len(base), queries[:b]
     scale = np.abs(base).max(axis=1) / 127
     rows = xla_kernels.pack_rows(np.round(base / scale[:, None]).astype(np.int8))
     on_device, asked, scales = jnp.asarray(base), jnp.asarray(queries), jnp.asarray(scale)
@@ -173,6 +184,10 @@ def int8_case(dataset, budget, b=1024, k=10):
             found.append(best)
         return np.concatenate(found)
 
+    # One thread: the parallel form is another method (search_batched_parallel).
+    builder = scann.scann_ops_pybind.builder(base, k, "dot_product")
+    brute_force = builder.score_brute_force(quantize=False).build()
+
     scan = jax.jit(lambda q, r, s: xla_kernels.dot_top_k(q, r, k, scale=s))
     unscaled = jax.jit(lambda q, r: xla_kernels.dot_top_k(q, r, k))
     common = float(scale.max())
@@ -183,6 +198,7 @@ def int8_case(dataset, budget, b=1024, k=10):
             "int8_common_scale": lambda: jax.block_until_ready(unscaled(asked, even)),
             "xla_float32": lambda: jax.block_until_ready(exact(asked, on_device)),
             "numpy_float32": numpy_exact,
+            "scann_float32": lambda: brute_force.search_batched(queries),
         },
         budget,
         turn=1,
@@ -196,12 +212,15 @@ def int8_case(dataset, budget, b=1024, k=10):
         )
 
     per = {name: round(x[0] / n / b * 1e9, 4) for name, x in spent.items()}
-    fastest = min(per["xla_float32"], per["numpy_float32"])
+    exact_sides = ("xla_float32", "numpy_float32", "scann_float32")
+    fastest = min(per[side] for side in exact_sides)
     row = {
         "n": n,
         "width": base.shape[1],
         "batch": b,
         "ns_per_point_and_query_cpu": per,
+        "fastest_float32": min(exact_sides, key=per.get),
+        "recall_10_at_10_scann_float32": round(recall(brute_force.search_batched(queries)[0]), 4),
         "fastest_float32_over_int8": round(fastest / per["int8"], 3),
         "fastest_float32_over_int8_common_scale": round(fastest / per["int8_common_scale"], 3),
         "recall_10_at_10": round(recall(np.asarray(scan(asked, rows, scales)[1])), 4),
@@ -209,6 +228,13 @@ def int8_case(dataset, budget, b=1024, k=10):
     }
     print(json.dumps(row), flush=True)
     return row
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def environment():
@@ -231,6 +257,7 @@ def environment():
             "jaxlib": jaxlib.__version__,
             "faiss": faiss.__version__,
             "numpy": np.__version__,
+            "scann": _version("scann"),
         },
         "commit": commit,
         "machine": {
@@ -250,6 +277,11 @@ def environment():
     }
 
 
+def write(report, path):
+    with open(path, "w") as file:
+        json.dump(report, file, indent=1)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", help="JSON file to write")
@@ -257,6 +289,8 @@ def main():
     parser.add_argument("--n", type=int, nargs="+", default=[331_479, 1_000_000])
     parser.add_argument("--m", type=int, nargs="+", default=[50, 25])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 1024])
+    parser.add_argument("--more-bits", type=int, nargs="*", default=[6, 8], choices=[5, 6, 7, 8])
+    parser.add_argument("--more-batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--results", type=int, default=100)
     parser.add_argument("--budget", type=float, default=6.0, help="seconds a case")
     parser.add_argument("--simd", choices=sorted(SIDES_ENVIRONMENT))
@@ -288,8 +322,21 @@ def main():
                 plain_xla=n < 500_000,
             )
             if arguments.out:
-                with open(arguments.out, "w") as file:
-                    json.dump(report, file, indent=1)
+                write(report, arguments.out)
+    report["more_codewords"] = []
+    for bits in arguments.more_bits:
+        for m in arguments.m:
+            report["more_codewords"] += adc_case(
+                arguments.n[0],
+                m,
+                arguments.more_batches,
+                arguments.results,
+                arguments.budget,
+                plain_xla=arguments.n[0] < 500_000,
+                bits=bits,
+            )
+            if arguments.out:
+                write(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xla_kernels import library
+
 pytestmark = pytest.mark.usefixtures("compiled")
 
 F32, I32, U8, PRED = jnp.float32, jnp.int32, jnp.uint8, jnp.bool_
@@ -80,11 +82,219 @@ def test_bad_calls_are_errors(change):
     call_top_k()  # the process lives on
 
 
-@pytest.mark.parametrize("words", [(5, 300, 2), (5, 0, 2), (4, 3, 2), (10,)], ids=str)
-def test_bad_encode_calls_are_errors(words):
-    args = [jnp.zeros(s, F32) for s in ((7, 10), (7, 10), (7,), (7,), words)]
-    out = jax.ShapeDtypeStruct((7, 5), U8)
+# A good call of every other target: operands by name, results, attributes.
+S8, S16 = jnp.int8, jnp.int16
+GOOD = {
+    "adc_scores": (
+        {
+            "tables": ((2, 5, 16), F32),
+            "data": ((2, 2, 64), U8),
+            "gain": ((0,), F32),
+            "offset": ((40,), F32),
+        },
+        {"scores": ((2, 40), F32)},
+        {"num_rows": np.int64(40), "num_subspaces": np.int64(5), "layout": np.int32(1)},
+    ),
+    "dot_top_k": (
+        {
+            "queries": ((2, 10), S8),
+            "data": ((3, 3, 64), U8),
+            "scale": ((40,), F32),
+            "valid": ((1, 40), PRED),
+        },
+        {"scores": ((2, 3), F32), "ids": ((2, 3), I32)},
+        {"num_rows": np.int64(40)},
+    ),
+    "rescore_top_k": (
+        {
+            "queries": ((2, 10), F32),
+            "rows": ((40, 10), F32),
+            "scale": ((40,), F32),
+            "candidates": ((2, 7), I32),
+        },
+        {"scores": ((2, 3), F32), "ids": ((2, 3), I32)},
+        {},
+    ),
+    "encode": (
+        {
+            "rows": ((7, 10), F32),
+            "directions": ((7, 10), F32),
+            "orthogonal": ((7,), F32),
+            "weight": ((7,), F32),
+            "codewords": ((5, 3, 2), F32),
+        },
+        {"codes": ((7, 5), U8)},
+        {"max_sweeps": np.int64(3)},
+    ),
+    "additive": (
+        {
+            "rows": ((7, 10), F32),
+            "directions": ((7, 2, 10), F32),
+            "orthogonal": ((7,), F32),
+            "weights": ((7, 2), F32),
+            "start": ((7, 3), U8),
+            "words": ((10, 3, 16), F32),
+            "norms": ((3, 16), F32),
+            "pairs": ((3, 9, 3, 16), F32),
+            "kicks": ((2, 2, 2), I32),
+        },
+        {"codes": ((7, 3), U8)},
+        {"sweeps": np.int64(3)},
+    ),
+    "tree_search": (
+        {
+            "queries": ((2, 8), F32),
+            "centroids": ((3, 8), F32),
+            "tiles": ((1, 4, 16, 2), S16),
+            "centroid_scale": ((), F32),
+            "leaf_offset": ((3,), F32),
+            "starts": ((4,), I32),
+            "codewords": ((4, 2, 16), F32),
+            "codes": ((2, 1, 64), U8),
+            "slot_offset": ((64,), F32),
+            "slot_rows": ((64,), I32),
+            "usable": ((1, 64), PRED),
+            "rows": ((40, 8), S8),
+            "row_scale": ((40,), F32),
+        },
+        {"scores": ((2, 3), F32), "ids": ((2, 3), I32)},
+        {
+            "layout": np.int32(1),
+            "leaves_to_search": np.int64(2),
+            "rescore": np.int64(5),
+            "euclidean": np.bool_(False),
+        },
+    ),
+}
+
+# Beside another number of axes and another dtype of each operand: sizes that do not fit together,
+# as shapes, and attributes out of range.
+BAD = {
+    "adc_scores": [
+        {"tables": (2, 4, 16)},
+        {"tables": (2, 5, 17)},
+        {"data": (1, 2, 64)},
+        {"gain": (39,)},
+        {"offset": (41,)},
+        {"scores": (2, 39)},
+        {"num_rows": np.int64(-1)},
+        {"num_subspaces": np.int64(2**62)},
+        {"layout": np.int32(9)},
+    ],
+    "dot_top_k": [
+        {"queries": (2, 13)},
+        {"queries": (2, 40000)},
+        {"data": (2, 3, 64)},
+        {"data": (3, 3, 63)},
+        {"scale": (39,)},
+        {"valid": (3, 40)},
+        {"valid": (1, 39)},
+        {"scores": (1, 3)},
+        {"ids": (2, 4)},
+        {"num_rows": np.int64(-1)},
+        {"num_rows": np.int64(2**40)},
+    ],
+    "rescore_top_k": [
+        {"queries": (2, 9)},
+        {"rows": (40, 11)},
+        {"scale": (39,)},
+        {"candidates": (3, 7)},
+        {"scores": (3, 3)},
+        {"ids": (2, 4)},
+    ],
+    "encode": [
+        {"codewords": (5, 300, 2)},
+        {"codewords": (5, 0, 2)},
+        {"codewords": (4, 3, 2)},
+        {"directions": (7, 9)},
+        {"orthogonal": (6,)},
+        {"weight": (8,)},
+        {"codes": (7, 4)},
+    ],
+    "additive": [
+        {"directions": (7, 2, 9)},
+        {"orthogonal": (8,)},
+        {"weights": (7, 3)},
+        {"start": (6, 3)},
+        {"words": (10, 3, 15)},
+        {"words": (9, 3, 16)},
+        {"norms": (3, 32)},
+        {"pairs": (3, 17, 3, 16)},
+        {"pairs": (3, 9, 2, 16)},
+        {"pairs": (3, 0, 3, 16)},
+        {"kicks": (2, 2, 3)},
+        {"codes": (7, 4)},
+        {"sweeps": np.int64(0)},
+    ],
+    "tree_search": [
+        {"queries": (2, 7)},
+        {"centroids": (4, 8)},
+        {"tiles": (2, 4, 16, 2)},
+        {"leaf_offset": (2,)},
+        {"starts": (3,)},
+        {"codewords": (3, 2, 16)},
+        {"codewords": (4, 2, 17)},
+        {"codes": (3, 1, 64)},
+        {"slot_offset": (63,)},
+        {"slot_rows": (63,)},
+        {"usable": (3, 64)},
+        {"usable": (1, 63)},
+        {"rows": (40, 7)},
+        {"rows": (0, 8)},
+        {"row_scale": (39,)},
+        {"euclidean": np.bool_(True)},  # of float32 rows alone
+        {"scores": (3, 3)},
+        {"ids": (2, 4)},
+        {"layout": np.int32(-1)},
+        {"leaves_to_search": np.int64(0)},
+        {"rescore": np.int64(2)},
+    ],
+}
+
+
+def call(target, change):
+    operands, results, attributes = GOOD[target]
+
+    def changed(specs):
+        for name, (shape, dtype) in specs.items():
+            new = change.get(name, shape)
+            yield (new, dtype) if isinstance(new, tuple) else (shape, new)
+
+    args = [jnp.zeros(*spec) for spec in changed(operands)]
+    out = [jax.ShapeDtypeStruct(*spec) for spec in changed(results)]
+    attributes = attributes | {x: change[x] for x in attributes if x in change}
+    return jax.block_until_ready(
+        jax.ffi.ffi_call(f"xla_kernels_{target}", out)(*args, **attributes)
+    )
+
+
+def changes(target):
+    operands, results, attributes = GOOD[target]
+    for name, (shape, dtype) in (operands | results).items():
+        yield {name: (*shape, 1)}
+        yield {name: jnp.dtype("float16")}
+        yield {name: jnp.dtype("int32" if dtype != I32 else "uint32")}
+    for name in attributes:
+        yield {name: np.float32(0.5)}  # equal numbers of another type would share a program
+    yield from BAD[target]
+
+
+def test_every_target_is_called_with_what_is_wrong():
+    names = {"adc_top_k", *GOOD}
+    assert {f"xla_kernels_{name}" for name in names} == set(library.TARGETS)
+    assert BAD.keys() == GOOD.keys()
+
+
+@pytest.mark.parametrize("target", GOOD)
+def test_good_calls_of_each_target(target):
+    call(target, {})
+
+
+@pytest.mark.parametrize(
+    ("target", "change"),
+    [(target, change) for target in GOOD for change in changes(target)],
+    ids=lambda x: x if isinstance(x, str) else "-".join(f"{k}={v}" for k, v in x.items()),
+)
+def test_bad_calls_of_each_target_are_errors(target, change):
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
-        jax.block_until_ready(
-            jax.ffi.ffi_call("xla_kernels_encode", out)(*args, max_sweeps=np.int64(3))
-        )
+        call(target, change)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -28,7 +29,9 @@ print(ids.tolist(), have["simd"], have["default"], len(said), said)
 
 
 def run(**environment):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""} | environment
+    # What the caller of the suite forces is not what these tests ask for.
+    outer = {name: x for name, x in os.environ.items() if not name.startswith("XLA_KERNELS_")}
+    environment = outer | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""} | environment
     return subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
     ).stdout
@@ -48,6 +51,8 @@ def test_compiled_kernels_are_present():
     """Fails where the sources are imported without the library, which would be silently slow."""
     if os.environ.get("XLA_KERNELS_EXPECTED", "1") == "0":
         pytest.skip("XLA_KERNELS_EXPECTED=0: a pure-Python installation is being tested")
+    if os.environ.get("XLA_KERNELS_DISABLE") == "1":
+        pytest.skip("XLA_KERNELS_DISABLE=1: plain XLA is being tested")
     if not library.library_path().exists():
         pytest.skip("NOT BUILT: the compiled kernels are missing, everything runs in plain XLA")
     assert available_implementations()["implementations"]["cpu"] is True
@@ -74,6 +79,37 @@ def test_a_broken_library_warns_once_and_runs_xla(tmp_path):
     out = run(XLA_KERNELS_LIBRARY=str(broken))
     assert out.startswith(f"{expected_ids()} None xla 1")
     assert "cannot be loaded" in out
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize(
+    ("versions", "reason"),
+    [
+        ({"abi": library.ABI + 1}, f"library interface {library.ABI + 1}, this package needs"),
+        ({"abi": library.ABI - 1}, f"library interface {library.ABI - 1}, this package needs"),
+        ({"ffi_minor": 10_000}, "rebuild with this jaxlib"),
+        ({"ffi_major": 7}, "rebuild with this jaxlib"),
+    ],
+    ids=str,
+)
+def test_a_library_of_another_version_is_refused_with_the_reason(tmp_path, versions, reason):
+    versions = {"abi": library.ABI, "ffi_major": 0, "ffi_minor": 1} | versions
+    source = "".join(
+        f"int xla_kernels_{name}(void) {{ return {x}; }}\n" for name, x in versions.items()
+    )
+    others = (
+        *library.TARGETS,
+        *(f"xla_kernels_{x}" for x in ("level", "level_reason", "set_level")),
+    )
+    # Called, any of these would end the process.
+    source += "".join(f"void {name}(void) {{ __builtin_trap(); }}\n" for name in others)
+    (tmp_path / "other.c").write_text(source)
+    other = tmp_path / "other.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", other, tmp_path / "other.c"], check=True)
+    out = run(XLA_KERNELS_LIBRARY=str(other))
+    assert out.startswith(f"{expected_ids()} None xla 1")
+    assert reason in out
+    assert "rebuild" in out
 
 
 def test_disabled_on_request_says_nothing():
