@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo       learn, index and search real word vectors (about 2 minutes)"
 	@echo "make test       lint, types and the test suite (about 8 minutes on two cores)"
-	@echo "make test-full  the longer tests"
-	@echo "make test-optimized  the test suite compiled as users compile, slower"
+	@echo "make test-full  the longer tests, compiled as users compile"
+	@echo "make test-optimized  the test suite of make test, compiled so too"
 	@echo "make test-models  the layers in flax and equinox, and every notebook"
 	@echo "make lint       lint and types alone"
 	@echo "make sanitize   random shapes through the C++ core under ASan and UBSan"
@@ -47,10 +47,11 @@ lint: $(VENV)/.test
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full" --durations 10
 
+# The longer tests run what users run: programs compiled with the compiler's default settings
+# (tests/conftest.py), which the short suite does without; test-optimized runs that too so.
 test-full: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m full --durations 10
+	AVQ_TEST_COMPILE=default $(BIN)/python -m pytest -n 2 --dist loadfile -m full --durations 10
 
-# The compiler's default settings (tests/conftest.py), in a cache of their own keys.
 test-optimized: $(VENV)/.test
 	AVQ_TEST_COMPILE=default $(BIN)/python -m pytest -n 2 --dist loadfile -m "not full"
 

@@ -10,7 +10,7 @@ from jaxlib import version
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 # Most of the suite's time is compilation: LLVM's optimizations and XLA's MLIR emitters are 4/5 of
 # it, and the programs of tests run too briefly to gain from either. AVQ_TEST_COMPILE=default
-# (make test-optimized) compiles as users do.
+# (make test-full, make test-optimized) compiles as users do.
 if os.environ.get("AVQ_TEST_COMPILE") != "default":
     FLAGS.append("--xla_backend_optimization_level=0")
     if version.__version_info__ < (0, 11):  # later ones have no other emitters

@@ -92,7 +92,9 @@ def load() -> Library:
         return Library(None, "not built (a pure-Python installation)")
     try:
         handle = ctypes.CDLL(str(path))
-        abi = handle.xla_kernels_abi()
+        # First: a library of another interface may lack a symbol of this one.
+        if (abi := handle.xla_kernels_abi()) != ABI:
+            return Library(None, f"library interface {abi}, this package needs {ABI}; rebuild")
         symbols = {name: getattr(handle, name) for name in TARGETS}
         built = (handle.xla_kernels_ffi_major(), handle.xla_kernels_ffi_minor())
         handle.xla_kernels_level.restype = ctypes.c_char_p
@@ -101,8 +103,6 @@ def load() -> Library:
         handle.xla_kernels_set_level.argtypes = [ctypes.c_char_p]
     except (OSError, AttributeError) as error:
         return Library(None, f"cannot be loaded: {error}")
-    if abi != ABI:
-        return Library(None, f"library interface {abi}, this package needs {ABI}; rebuild")
     problem = ffi_version_problem(built, runtime_ffi_version())
     if problem is not None:
         return Library(None, problem)
