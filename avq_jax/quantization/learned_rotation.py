@@ -241,7 +241,7 @@ def choose_rotation(
       TypeError: called inside ``jit``.
 
     >>> import jax
-    >>> x = jax.random.normal(jax.random.key(0), (2000, 8)) * 2.0 ** jax.numpy.arange(8)
+    >>> x = jax.random.normal(jax.random.key(0), (2000, 8)) * 2.0 ** jax.numpy.arange(8.0)[None]
     >>> method, losses = choose_rotation(
     ...     jax.random.key(1), x, num_subspaces=4, num_codewords=4, methods=("none", "pca"))
     >>> method, losses["pca"] < losses["none"]
