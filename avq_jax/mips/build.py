@@ -53,6 +53,7 @@ def build(
     num_leaves: int | None = None,
     num_subspaces: int | None = None,
     num_codewords: int = 16,
+    codec: Literal["product", "additive"] = "product",
     weight: Weight | None = None,
     ids: Any = None,
     soar_lambda: float | Literal["auto"] | None = "auto",
@@ -86,6 +87,10 @@ def build(
       num_subspaces: m, bytes a code at 16 codewords are m / 2; ``None`` takes two columns a
         subspace, four beyond 128 columns.
       num_codewords: k, 2 to 256.
+      codec: ``"product"``, or ``"additive"``, codes that are the sum of m full-width words: fewer
+        errors in as many bytes and the same scan, for a wider table (``m k d`` products a query)
+        and a build that takes several times as long. ``num_subspaces`` is then the number of
+        codebooks; ``None`` takes half as many as of product codes.
       weight: of the score-aware loss, in the units of <q, x>; ``None`` takes ``Threshold(T)`` of
         :func:`default_threshold`, and ``Uniform()`` for ``"l2"``.
       ids: ``int64[n]`` ids of the rows for :func:`avq_jax.user_ids`, distinct and >= 0.
@@ -152,6 +157,8 @@ def build(
         raise ValueError(f"balance must be None or a finite number above 1; got {balance}")
     if leaves_to_search is not None:
         as_count(leaves_to_search, name="leaves_to_search")
+    if not isinstance(codec, str) or codec not in ("product", "additive"):
+        raise ValueError(f"codec must be 'product' or 'additive'; got {codec!r}")
     if not isinstance(projection, str) or projection not in METHODS:
         raise ValueError(f"projection must be one of {', '.join(METHODS)}; got {projection!r}")
     weight = None if weight is None else as_pytree(weight)
@@ -164,7 +171,13 @@ def build(
     if width > d:
         raise ValueError(f"scanned_dim must be at most the width of x, {d}; got {width}")
     sizes = tree_sizes(
-        n, width, num_leaves, num_subspaces, num_codewords, spilled=soar_lambda is not None
+        n,
+        width,
+        num_leaves,
+        num_subspaces,
+        num_codewords,
+        spilled=soar_lambda is not None,
+        codec=codec,
     )
     num_groups = group_count(num_groups, 0 if sizes is None else sizes[0])
     if sizes is None and rescore_dtype is None:
@@ -204,6 +217,7 @@ def build(
             balance=balance,
             spherical=spherical,
             num_groups=num_groups,
+            codec=codec,
             progress=progress,
         )._replace(projection=axes)
     count = 0 if tree is None else tree.centroids.shape[0]

@@ -17,7 +17,8 @@ Tensors, by name (n rows, d width, m subspaces, k codewords, L leaves):
 ``projection``  F32 ``[d, p]``                 axes of the p dimensions, absent where these are the
                                                first of d
 ``leaf_offset``  F32 ``[L]``                   l2 only
-``codewords``  F32 ``[m, k, ceil(p / m)]``
+``kicks``      I32 ``[t, j, 2]``               additive codes only: of their encoder
+``codewords``  F32 ``[m, k, ceil(p / m)]``, or ``[m, k, p]`` of additive codes
 ``offset``     F32 ``[n]``                     l2 only
 ``codes``      U8 ``[n, m]``; k <= 16: U8      at k <= 16 byte j holds subspace 2j in its low half
                ``[n, ceil(m / 2)]``            and subspace 2j + 1 in its high half (0 if none)
@@ -42,7 +43,7 @@ from avq_jax.mips.index import Index
 from avq_jax.mips.packing import coded_rows, pack_tree
 from avq_jax.mips.rescoring import Store
 from avq_jax.mips.safe_files import MAGIC, IndexFormatError, Spec
-from avq_jax.quantization import Codebook
+from avq_jax.quantization import AdditiveCodebook, Codebook
 
 __all__ = [
     "FORMAT_VERSION",
@@ -57,7 +58,7 @@ __all__ = [
 FORMAT_VERSION = 1
 TENSORS = (
     "rows", "scale", "ids", "leaves", "centroids", "ranking", "groups", "group_starts",
-    "projection", "leaf_offset", "codewords", "offset", "codes",
+    "projection", "kicks", "leaf_offset", "codewords", "offset", "codes",
 )  # fmt: skip
 # Name in the file: class and its parameters.
 _WEIGHTS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -66,6 +67,7 @@ _WEIGHTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "Exponential": (Exponential, ("b",)),
     "Uniform": (Uniform, ()),
 }
+_KINDS = ("product", "additive")
 _CHUNK = 1 << 20
 # Row numbers are int32.
 _MOST_ROWS = 2**31 - 1
@@ -119,11 +121,6 @@ def arrays_of(index: Index) -> dict[str, np.ndarray]:
     found.update(ids=index.ids)
     if index.tree is not None:
         tree = index.tree
-        if not isinstance(tree.codebook, Codebook):
-            raise TypeError(
-                "index must have product codes (Codebook) to be saved; "
-                f"got {type(tree.codebook).__name__}"
-            )
         rows = coded_rows(tree, index.num_rows)
         # The copies of a row, where it lies in several leaves, follow one another.
         flat = rows.codes.reshape(-1, rows.codes.shape[-1])
@@ -134,6 +131,7 @@ def arrays_of(index: Index) -> dict[str, np.ndarray]:
             groups=None if tree.packed.groups is None else tree.packed.groups.vectors,
             group_starts=None if tree.packed.groups is None else tree.packed.groups.starts,
             projection=tree.projection,
+            kicks=tree.kicks,
             leaf_offset=tree.leaf_offset,
             codewords=tree.codebook.codewords,
             offset=None if rows.offset is None else rows.offset.reshape(-1),
@@ -164,7 +162,7 @@ def header_of(index: Index, specs: Mapping[str, Spec]) -> dict[str, Any]:
     if index.tree is not None:
         book = index.tree.codebook
         codec = {
-            "kind": "product",
+            "kind": "product" if isinstance(book, Codebook) else "additive",
             "num_subspaces": book.num_subspaces,
             "num_codewords": book.num_codewords,
         }
@@ -226,6 +224,14 @@ def _weight_from_json(found: Any, given: Any, where: str) -> Any:
     return weight
 
 
+def _sizes(tensor: Any, count: int) -> list[int]:
+    """The first sizes that a header says of a tensor; -1, which fits no rule, for nonsense."""
+    shape = tensor.get("shape") if isinstance(tensor, dict) else None
+    shape = shape if isinstance(shape, list) else []
+    sizes = [size if type(size) is int and 0 <= size <= _MOST_ROWS else -1 for size in shape]
+    return (sizes + [-1] * count)[:count]
+
+
 def check_header(header: Mapping[str, Any], where: str) -> dict[str, Spec]:
     """Check every field of a header against the format.
 
@@ -256,7 +262,8 @@ def check_header(header: Mapping[str, Any], where: str) -> dict[str, Spec]:
     need(isinstance(tensors, dict), "tensors is an object")
     need(tensors and set(tensors) <= set(TENSORS), f"tensors are among {TENSORS}")
     shapes: dict[str, tuple[int, ...]] = {}
-    kinds: dict[str, Any] = {"leaves": "I32", "group_starts": "I32", "codes": "U8", "ids": "U32"}
+    kinds: dict[str, Any] = {"codes": "U8", "ids": "U32"}
+    kinds |= dict.fromkeys(("leaves", "group_starts", "kicks"), "I32")
     if "rows" in tensors:
         shapes["rows"] = (n, d)
         kinds["rows"] = tensors["rows"].get("dtype") if isinstance(tensors["rows"], dict) else ""
@@ -268,22 +275,26 @@ def check_header(header: Mapping[str, Any], where: str) -> dict[str, Spec]:
     if codec is None:
         need(L == 0 and "rows" in tensors, "without codes there are rows and no leaves")
     else:
-        need(isinstance(codec, dict) and codec.get("kind") == "product", "codec is product codes")
+        need(isinstance(codec, dict) and codec.get("kind") in _KINDS, f"codec is one of {_KINDS}")
         m, k = count(codec, "num_subspaces", 1, _MOST_ROWS), count(codec, "num_codewords", 1, 256)
         need(L >= 1, "codes lie in leaves")
         entries = n * (count(codec, "copies", 2, 64) if "copies" in codec else 1)
         p = count(header, "scanned_dim", 1, d) if "scanned_dim" in header else d
-        shapes |= {"leaves": (entries,), "centroids": (L, p), "codewords": (m, k, -(-p // m))}
+        shapes |= {"leaves": (entries,), "centroids": (L, p), "codewords": (m, k, p)}
+        if codec["kind"] == "product":
+            shapes["codewords"] = (m, k, -(-p // m))
+        else:
+            need(2 <= m <= p, "2 <= additive codebooks <= dimensions")
         shapes["codes"] = (entries, -(-m // 2) if k <= 16 else m)
         if "ranking" in tensors:
             shapes["ranking"] = (L, p)
         if "projection" in tensors:
             shapes["projection"] = (d, p)
+        if "kicks" in tensors:
+            shapes["kicks"] = (*_sizes(tensors["kicks"], 2), 2)
+            need(codec["kind"] == "additive" and shapes["kicks"][1] <= m, "kicks are of codebooks")
         if "groups" in tensors:
-            upper: Any = tensors["groups"]
-            size = upper.get("shape") if isinstance(upper, dict) else None
-            need(isinstance(size, list) and size, "groups have a shape")
-            G = count({"groups": (size or [0])[0]}, "groups", 1, L)
+            G = count({"groups": _sizes(tensors["groups"], 1)[0]}, "groups", 1, L)
             shapes |= {"groups": (G, p), "group_starts": (G + 1,)}
         if metric == "l2":
             shapes |= {"leaf_offset": (L,), "offset": (entries,)}
@@ -341,10 +352,21 @@ def index_of(
             rising = starts[0] == 0 and starts[-1] == L and (np.diff(starts) >= 0).all()
             need(rising, "group_starts", f"rising from 0 to {L}")
             groups = (arrays["groups"], starts)
+        book: Codebook | AdditiveCodebook
+        if header["codec"]["kind"] == "product":
+            book = Codebook(jnp.asarray(arrays["codewords"]), arrays["centroids"].shape[1])
+        else:
+            kicks = arrays.get("kicks")
+            if kicks is not None:
+                within = (kicks >= 0).all() and (kicks < [m, k]).all()
+                need(within, "kicks", f"codebooks below {m} and words below {k}")
+            book = AdditiveCodebook(
+                jnp.asarray(arrays["codewords"]), None if kicks is None else jnp.asarray(kicks)
+            )
         tree = pack_tree(
             jnp.asarray(arrays["centroids"]),
             leaves,
-            Codebook(jnp.asarray(arrays["codewords"]), arrays["centroids"].shape[1]),
+            book,
             codes,
             offset,
             ranking=arrays.get("ranking"),

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from avq_jax.mips.projection import project
-from avq_jax.quantization import Codebook
+from avq_jax.quantization import AdditiveCodebook, Codebook
 from xla_kernels import PackedTree
 
 __all__ = ["BytesPerRow", "Index", "Tree", "user_ids"]
@@ -55,10 +55,12 @@ class Tree(NamedTuple):
         :class:`xla_kernels.PackedTree`.
       projection: ``float32[d, p]`` axes along which rows are quantized and queries scanned, or
         ``None``: the first coordinates, as many as centroids have, of which most trees have all.
+      kicks: of the :class:`avq_jax.AdditiveCodebook` that encodes rows to come, or ``None``.
     """
 
     packed: PackedTree
     projection: Any = None
+    kicks: Any = None
 
     @property
     def width(self) -> int:
@@ -90,10 +92,12 @@ class Tree(NamedTuple):
         return self.packed.slot_offset if self.packed.slot_offset.shape[0] else None
 
     @property
-    def codebook(self) -> Codebook:
+    def codebook(self) -> Codebook | AdditiveCodebook:
         """Codewords of the residuals."""
-        words = self.packed.codewords
-        return Codebook(words.transpose(0, 2, 1), dim=self.centroids.shape[1])
+        words = self.packed.codewords.transpose(0, 2, 1)
+        if words.shape[0] > 1 and words.shape[2] == self.width:
+            return AdditiveCodebook(words, self.kicks)
+        return Codebook(words, dim=self.width)
 
 
 @functools.partial(
@@ -153,7 +157,7 @@ class Index:
 
         if self.tree is None:
             return BytesPerRow(0.0, 0.0, each(self.store), each(self.ids), 0.0)
-        packed, projection = self.tree.packed, self.tree.projection
+        packed, rest = self.tree.packed, self.tree[1:]
         slots = (packed.slot_rows, packed.usable, packed.slot_offset)
         codes, places = each(packed.codes), each(*slots)
         return BytesPerRow(
@@ -161,7 +165,7 @@ class Index:
             places,
             each(self.store),
             each(self.ids),
-            each(packed, projection) - codes - places,
+            each(packed, rest) - codes - places,
         )
 
     @property
@@ -177,13 +181,14 @@ class Index:
         book = self.tree.codebook
         kind = "first" if self.tree.projection is None else "principal"
         scanned = "" if self.tree.width == self.dim else f", {self.tree.width} {kind} dimensions"
+        codes = "codes" if isinstance(book, Codebook) else "additive codes"
         groups = self.tree.packed.groups
         upper = "" if groups is None else f" in {groups.vectors.shape[0]} groups"
         return (
             f"{head}{scanned}, {self.num_leaves} leaves{upper} of which {self.leaves_to_search} "
             "are searched, "
-            f"codes {book.num_subspaces} x {book.num_codewords} ({self.code_bytes:g} bytes a row) "
-            f"under {_printable(self.weight)}, rescoring rows {kept})"
+            f"{codes} {book.num_subspaces} x {book.num_codewords} "
+            f"({self.code_bytes:g} bytes a row) under {_printable(self.weight)}, rescoring rows {kept})"
         )
 
 

@@ -26,7 +26,14 @@ from avq_jax.mips.partition import (
 )
 from avq_jax.mips.projection import scanned_rows
 from avq_jax.progress import steps
-from avq_jax.quantization import Codebook, decode, encode, fit
+from avq_jax.quantization import (
+    AdditiveCodebook,
+    Codebook,
+    decode,
+    encode,
+    fit,
+    fit_additive,
+)
 from xla_kernels import slots_per_block
 
 __all__ = [
@@ -50,6 +57,8 @@ _GROUPED_LEAVES = 4096
 # Fewest rows that a tree and codebooks are learned from.
 _LEAST_ROWS = 32
 _CHUNK = 1 << 17
+# Of the search for additive codes, which takes most of a build.
+_ROUNDS = 16
 # Of the centroids: best of 1, 1.5, 2.5, 4 and 8 on word vectors, raw or of length 1.
 CENTROID_ETA = 2.5
 
@@ -71,6 +80,7 @@ def tree_sizes(
     num_codewords: Any,
     *,
     spilled: bool = False,
+    codec: str = "product",
 ) -> tuple[int, int] | None:
     """Leaves and subspaces of the tree, or ``None`` where all rows are scored exactly."""
     k = as_count(num_codewords, name="num_codewords", minimum=2)
@@ -80,6 +90,8 @@ def tree_sizes(
     if num_leaves is not None:
         leaves = as_count(num_leaves, name="num_leaves")
     m = math.ceil(d / 2) if d <= 128 else max(64, math.ceil(d / 4))
+    if codec == "additive":  # as good with half the bytes
+        m = math.ceil(m / 2)
     if num_subspaces is not None:
         m = as_count(num_subspaces, name="num_subspaces")
         if m > d:
@@ -176,6 +188,7 @@ def build_tree(
     balance: float | None = None,
     spherical: bool = False,
     num_groups: int | None = None,
+    codec: str = "product",
 ) -> Tree:
     """Leaves, codebook and codes of all rows; the arguments are those of :func:`avq_jax.build`.
 
@@ -194,6 +207,7 @@ def build_tree(
       balance: as of ``build``.
       spherical: as of ``build``.
       num_groups: as of ``build``.
+      codec: as of ``build``.
 
     Returns:
       :class:`avq_jax.mips.Tree`.
@@ -241,16 +255,29 @@ def build_tree(
 
     # More rows and iterations brought word vectors no recall.
     few = picked[:: -(-size // (sample_size // 2))]
-    state, _ = fit(
-        key_codes,
-        x[few] - center[leaves[few]],
-        num_subspaces=num_subspaces,
-        num_codewords=num_codewords,
-        num_iterations=num_iterations,
-        progress=progress,
-        **terms(few),
-    )
-    codebook = state.codebook
+    sizes: Any = {"num_codewords": num_codewords, "num_iterations": num_iterations}
+    residual = x[few] - center[leaves[few]]
+    codebook: Codebook | AdditiveCodebook
+    if codec == "additive":
+        codebook, _ = fit_additive(
+            key_codes,
+            residual,
+            num_codebooks=num_subspaces,
+            num_rounds=_ROUNDS,
+            progress=progress,
+            **sizes,
+            **terms(few),
+        )
+    else:
+        state, _ = fit(
+            key_codes,
+            residual,
+            num_subspaces=num_subspaces,
+            progress=progress,
+            **sizes,
+            **terms(few),
+        )
+        codebook = state.codebook
 
     if soar_lambda is None or len(center) < 2:
         codes, offset = encode_leaves(x, leaves, center, codebook, terms, metric, progress)
@@ -271,7 +298,7 @@ def encode_leaves(
     x: np.ndarray,
     leaves: np.ndarray,
     center: np.ndarray,
-    codebook: Codebook,
+    codebook: Codebook | AdditiveCodebook,
     terms: Any,
     metric: str,
     progress: bool | None,

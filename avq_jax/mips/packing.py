@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 import xla_kernels
 from avq_jax.mips.index import Tree
 from avq_jax.mips.partition import lay_out
-from avq_jax.quantization import Codebook
+from avq_jax.quantization import AdditiveCodebook, Codebook
 from xla_kernels import slots_per_block, unpack_codes
 
 __all__ = ["CodedRows", "coded_rows", "pack_tree"]
@@ -36,7 +36,7 @@ class CodedRows(NamedTuple):
 def pack_tree(
     centroids: Float[Array, "L d"],
     leaves: np.ndarray,
-    codebook: Codebook,
+    codebook: Codebook | AdditiveCodebook,
     codes: np.ndarray,
     offset: Any = None,
     *,
@@ -81,7 +81,7 @@ def pack_tree(
         slot_offset=offset,
         groups=groups,
     )
-    return Tree(packed, projection)
+    return Tree(packed, projection, getattr(codebook, "kicks", None))
 
 
 def coded_rows(tree: Tree, num_rows: int) -> CodedRows:

@@ -18,6 +18,7 @@ from avq_jax.mips.index import Index
 from avq_jax.mips.learning import build_tree, scanned_terms
 from avq_jax.mips.placing import scanned
 from avq_jax.mips.rescoring import Store
+from avq_jax.quantization import Codebook
 
 __all__ = ["Statistics", "rebalance", "statistics"]
 
@@ -197,6 +198,7 @@ def rebalance(
         sample_size=sample_size,
         soar_lambda=soar_lambda,
         num_groups=None if groups is None else groups.vectors.shape[0],
+        codec="product" if isinstance(book, Codebook) else "additive",
         progress=progress,
     )._replace(projection=old.projection)
     searched = max(1, round(index.leaves_to_search * leaves / index.num_leaves))

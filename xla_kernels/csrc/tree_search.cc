@@ -307,7 +307,9 @@ class Worker {
   }
 
   void build(const float* query, float* table, uint8_t* expanded, Search& search) {
-    const int64_t m = a_.codes.num_subspaces, columns = m * a_.width;
+    const int64_t m = a_.codes.num_subspaces;
+    const int64_t step = a_.width == a_.dim ? 0 : a_.width;
+    const int64_t columns = step == 0 ? a_.dim : m * a_.width;
     const float* padded = query;
     if (columns != a_.dim) {
       float* copy = scratch_.padded.reserve(columns);
@@ -315,7 +317,7 @@ class Worker {
       std::fill(copy + a_.dim, copy + columns, 0.0f);
       padded = copy;
     }
-    tree_.build_table(a_.codewords, padded, m, a_.width, a_.num_codewords, table);
+    tree_.build_table(a_.codewords, padded, m, a_.width, step, a_.num_codewords, table);
     uint8_t* rounded = scratch_.rounded.reserve(rounded_bytes_);
     if (a_.num_codewords == 16 && stride_ == 16) {
       std::memset(rounded + m * 16, 0, static_cast<size_t>(rounded_bytes_ - m * 16));

@@ -36,7 +36,9 @@ struct TreeSearchArguments {
   const int32_t* group_starts = nullptr;  // [num_groups + 1] first leaf of each group
   int64_t num_groups = 0;
 
-  const float* codewords = nullptr;  // [num_subspaces, width, num_codewords]
+  // [num_subspaces, width, num_codewords]; words of width dim are added up, shorter ones stand side
+  // by side.
+  const float* codewords = nullptr;
   int64_t width = 0;
   int64_t num_codewords = 0;
   Codes codes;                          // of the slots
@@ -73,9 +75,9 @@ struct TreeKernels {
   // int32[num_queries][tiles * 16].
   void (*leaf_products)(const int16_t* tiles, int64_t num_tiles, int64_t num_pairs,
                         const int16_t* queries, int64_t num_queries, int32_t* out);
-  // table[s][j] = sum_w query[s * width + w] * codewords[s][w][j]; the query is padded with zeros.
+  // table[s][j] = sum_w query[s * step + w] * codewords[s][w][j]; the query is padded with zeros.
   void (*build_table)(const float* codewords, const float* query, int64_t num_subspaces,
-                      int64_t width, int64_t num_codewords, float* table);
+                      int64_t width, int64_t step, int64_t num_codewords, float* table);
   // Rounds a table of 16 codewords a subspace to bytes of step *delta above *base.
   void (*round16)(const float* table, int64_t num_subspaces, int32_t top, uint8_t* out, float* base,
                   float* delta);

@@ -11,6 +11,8 @@ from ..layout import PackedCodes, pack_codes, unpack_codes
 #: Norm of the longest centroid in 16-bit integers; the query has the same, so sums fit 32 bits.
 _INTEGER_NORM = 32000.0
 _TILE = 16
+# Rows of a leaf whose additive codes are decoded for its spread.
+_SAMPLED = 32
 
 
 class LeafGroups(NamedTuple):
@@ -44,7 +46,8 @@ class PackedTree(NamedTuple):
       centroid_scale: ``float32[]``.
       leaf_offset: ``float32[L]`` added to the products that rank leaves; ``[0]`` for none.
       starts: ``int32[L + 1]`` first block of each leaf.
-      codewords: ``float32[m, s, k]``, the codewords of a subspace on the last axis.
+      codewords: ``float32[m, s, k]``, the codewords of a subspace on the last axis. Words of
+        s = d columns are of additive codebooks, shorter ones of subspaces side by side.
       codes: `PackedCodes` of the slots.
       slot_offset: ``float32[S]`` term of each slot's score; ``[0]`` for none.
       slot_rows: ``int32[S]`` row in each slot, -1 for none.
@@ -112,7 +115,7 @@ def pack_tree(
       centroids: ``[L, d]``.
       starts: ``int32[L + 1]`` first block of each leaf, of `slots_per_block` slots each.
       slot_rows: ``int32[S]`` row in each slot, -1 for none.
-      codewords: ``[m, k, s]`` with m * s >= d.
+      codewords: ``[m, k, s]`` with s = ceil(d / m) of product codes, s = d of additive ones.
       codes: ``uint8[S, m]`` codes of the slots, or `PackedCodes` of them.
       ranking: ``[L, d]`` vectors whose products with a query rank the leaves, or None for the
         centroids.
@@ -175,12 +178,24 @@ def _spread(
     codes: np.ndarray, words: np.ndarray, starts: np.ndarray, slot_rows: np.ndarray, dim: int
 ) -> np.ndarray:
     """Deviation of a decoded coordinate, leaf by leaf; leaves without rows take the mean."""
-    square = np.zeros(len(codes), np.float32)
-    for subspace, size in zip(codes.T, np.sum(words * words, axis=2), strict=True):
-        square += size[np.minimum(subspace, len(size) - 1)]
-    held = slot_rows >= 0
-    leaf = np.repeat(np.arange(len(starts) - 1), np.diff(starts))[held[: starts[-1]]]
-    total = np.bincount(leaf, square[: starts[-1]][held[: starts[-1]]], len(starts) - 1)
+    held = slot_rows[: starts[-1]] >= 0
+    leaf = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    codes = np.minimum(codes[: starts[-1]], words.shape[1] - 1)
+    if words.shape[2] == dim and len(words) > 1:
+        # Words that are not orthogonal have to be added up; some rows of a leaf tell enough.
+        held &= np.arange(starts[-1]) - starts[leaf] < _SAMPLED
+        codes = codes[held]
+        whole = np.zeros((len(codes), dim), np.float32)
+        for subspace, each in zip(codes.T, words, strict=True):
+            whole += each[subspace]
+        square = np.sum(whole * whole, axis=1)
+    else:
+        square = np.zeros(len(codes), np.float32)
+        for subspace, size in zip(codes.T, np.sum(words * words, axis=2), strict=True):
+            square += size[subspace]
+        square = square[held]
+    leaf = leaf[held]
+    total = np.bincount(leaf, square, len(starts) - 1)
     count = np.bincount(leaf, minlength=len(starts) - 1)
     mean = total.sum() / max(count.sum(), 1)
     each = np.where(count > 0, total / np.maximum(count, 1), mean) / dim

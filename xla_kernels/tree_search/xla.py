@@ -137,8 +137,10 @@ def best_rows(scores: jax.Array, numbers: jax.Array, k: int) -> tuple[jax.Array,
 
 
 def lookup_table(tree: PackedTree, q: jax.Array) -> jax.Array:
-    """``float32[m, k]`` products of the parts of a query with the codewords."""
+    """``float32[m, k]`` products of a query, or of its parts, with the codewords."""
     m, width, _ = tree.codewords.shape
+    if width == q.shape[0]:
+        return jnp.einsum("s,msk->mk", q, tree.codewords, precision=_HIGHEST)
     parts = jnp.pad(q, (0, m * width - q.shape[0])).reshape(m, width)
     return jnp.einsum("ms,msk->mk", parts, tree.codewords, precision=_HIGHEST)
 
