@@ -89,8 +89,9 @@ def build(
       num_codewords: k, 2 to 256.
       codec: ``"product"``, or ``"additive"``, codes that are the sum of m full-width words: fewer
         errors in as many bytes and the same scan, for a wider table (``m k d`` products a query)
-        and a build that takes several times as long. ``num_subspaces`` is then the number of
-        codebooks; ``None`` takes half as many as of product codes.
+        and a build that takes two to three times as long. ``num_subspaces`` is then the number of
+        codebooks; ``None`` takes half as many as of product codes, for half the memory, and recall
+        between that of product codes of as many bytes and of twice as many.
       weight: of the score-aware loss, in the units of <q, x>; ``None`` takes ``Threshold(T)`` of
         :func:`default_threshold`, and ``Uniform()`` for ``"l2"``.
       ids: ``int64[n]`` ids of the rows for :func:`avq_jax.user_ids`, distinct and >= 0.

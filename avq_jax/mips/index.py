@@ -188,7 +188,8 @@ class Index:
             f"{head}{scanned}, {self.num_leaves} leaves{upper} of which {self.leaves_to_search} "
             "are searched, "
             f"{codes} {book.num_subspaces} x {book.num_codewords} "
-            f"({self.code_bytes:g} bytes a row) under {_printable(self.weight)}, rescoring rows {kept})"
+            f"({self.code_bytes:g} bytes a row) under {_printable(self.weight)}, "
+            f"rescoring rows {kept})"
         )
 
 

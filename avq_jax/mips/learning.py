@@ -90,7 +90,7 @@ def tree_sizes(
     if num_leaves is not None:
         leaves = as_count(num_leaves, name="num_leaves")
     m = math.ceil(d / 2) if d <= 128 else max(64, math.ceil(d / 4))
-    if codec == "additive":  # as good with half the bytes
+    if codec == "additive":
         m = math.ceil(m / 2)
     if num_subspaces is not None:
         m = as_count(num_subspaces, name="num_subspaces")

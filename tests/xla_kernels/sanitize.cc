@@ -276,7 +276,8 @@ void check_additive(Pool& pool) {
 // Every leaf probed and every slot rescored is exact search, whatever the codes say.
 void check_tree_search(Pool& pool) {
   const int64_t dim = 1 + up_to(40), leaves = 1 + up_to(20), n = up_to(600), b = up_to(20);
-  const int64_t m = 1 + up_to(dim - 1), width = (dim + m - 1) / m, k = 1 + up_to(12);
+  const int64_t m = 1 + up_to(dim - 1), k = 1 + up_to(12);
+  const int64_t width = up_to(3) == 0 ? dim : (dim + m - 1) / m;
   const int64_t num_codewords = up_to(3) == 0 ? 2 + up_to(254) : 1 + up_to(15);
   std::uniform_real_distribution<float> draw(-1, 1);
   auto floats = [&](int64_t count) {
