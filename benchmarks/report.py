@@ -98,6 +98,26 @@ def _filters(result: dict) -> str:
     return "\n".join([*lines, "", _environment(result)])
 
 
+def _options(result: dict) -> str:
+    kinds = [
+        f"{kind}_us at {target}" for target in (0.9, 0.95, 0.99) for kind in ("single", "batch")
+    ]
+    lines = [
+        f"{result['rows']:,} rows of `{result['dataset']}`, unit rows. Microseconds a query on one "
+        "core at recall 10@10: through `searcher`, and in a batch.",
+        "",
+        "| index | .90 | batch | .95 | batch | .99 | batch | build, CPU s | bytes a row |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, size in result["bytes_per_row"].items():
+        times = [result["at_recall"][kind][name] for kind in kinds]
+        cells = ["-" if time is None else f"{time:.1f}" for time in times]
+        built = result["build_cpu_s"].get(name)
+        cells += ["" if built is None else f"{built:.0f}", f"{size:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _environment(result)])
+
+
 def _mips(result: dict) -> str:
     work = result["codes_read_by_scann_at_0.87"]
     lines = [
@@ -208,6 +228,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "search_glove6b-100": _search,
     "search_sentences-384": _search,
     "filters_glove6b-100": _filters,
+    "options_glove6b-100": _options,
     "mips_glove6b-100": _mips,
     "adc": _adc,
     "binary": _binary,
