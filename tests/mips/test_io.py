@@ -34,20 +34,35 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
 
 def make_index(
-    n=150, d=6, m=3, k=16, L=4, metric="dot", store="float32", ids=True, seed=0, weight=None
-):
+    n=150, d=6, m=3, k=16, L=4, metric="dot", store="float32", ids=True, seed=0, weight=None,
+    p=None, axes=False, groups=0, additive=False,
+):  # fmt: skip
     """An index of random parts: no learning, nothing compiled."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, d)).astype(np.float32)
     tree = None
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
     if m:
-        l2 = metric == "l2"
+        l2, p = metric == "l2", p or d
+        # In the order in which the golden files were drawn.
+        centroids, leaves = draw(L, p), rng.integers(0, L, n).astype(np.int32)
+        book = avq_jax.Codebook(draw(m, k, -(-p // m)), p)
+        if additive:
+            kicks = np.stack([rng.integers(0, m, (5, 2)), rng.integers(0, k, (5, 2))], axis=-1)
+            book = avq_jax.AdditiveCodebook(draw(m, k, p), jnp.asarray(kicks, jnp.int32))
+        starts = np.linspace(0, L, groups + 1).astype(np.int32)
         tree = pack_tree(
-            jnp.asarray(rng.standard_normal((L, d)), jnp.float32),
-            rng.integers(0, L, n).astype(np.int32),
-            avq_jax.Codebook(jnp.asarray(rng.standard_normal((m, k, -(-d // m))), jnp.float32), d),
+            centroids,
+            leaves,
+            book,
             rng.integers(0, k, (n, m)).astype(np.uint8),
             rng.standard_normal(n).astype(np.float32) if l2 else None,
+            ranking=draw(L, p) if groups and not l2 else None,
+            groups=(draw(groups, p), starts) if groups else None,
+            projection=draw(d, p) if axes else None,
         )
     return Index(
         tree=tree,
@@ -94,6 +109,9 @@ VARIANTS = {
     "bfloat16": {"store": "bfloat16", "k": 17},
     "codes alone": {"store": None},
     "exact": {"m": 0},
+    "prefix": {"p": 4},
+    "groups of projected leaves": {"p": 4, "axes": True, "groups": 3, "metric": "l2"},
+    "additive": {"additive": True, "p": 5, "axes": True, "groups": 2},
     "power": {"weight": loss.Power(np.float32(1.5))},
     "endless": {"weight": loss.Threshold(np.float32(-np.inf))},
     "uniform": {"weight": loss.Uniform()},
@@ -223,7 +241,7 @@ def test_every_flipped_bit_is_found(tmp_path, form, flips):
 @pytest.mark.parametrize("form", ["directory", "file"])
 def test_without_hashes_damage_stays_memory_safe(tmp_path, form):
     place, rng = place_of(tmp_path, form), random.Random(2)
-    index = make_index(n=60, metric="l2", k=10)
+    index = make_index(n=60, metric="l2", k=10, p=5, axes=True, groups=2, additive=True)
     save(index, place)
     files = files_of(place)
     passed = 0
@@ -280,11 +298,17 @@ def forge_tensor(place, name, array):
         ("centroids", np.nan, "finite"),
         ("codewords", np.inf, "finite"),
         ("ids", 2**31, "below"),
+        ("ranking", np.nan, "finite"),
+        ("groups", np.inf, "finite"),
+        ("projection", np.nan, "finite"),
+        ("group_starts", 5, "rising from 0 to 4"),
+        ("kicks", 7, "words below 7"),
+        ("kicks", -1, "words below 7"),
     ],
 )
 def test_numbers_out_of_range_are_refused(tmp_path, name, value, rule, verify):
     place = tmp_path / "a"
-    save(make_index(n=40, k=7), place)
+    save(make_index(n=40, k=7, p=5, axes=True, groups=2, additive=True), place)
     file = next(place.glob(f"{name}-*"))
     array = safetensors.numpy.load_file(file)[name]
     array.reshape(-1)[-1 if name != "ids" else 0] = value
@@ -309,6 +333,12 @@ def test_numbers_out_of_range_are_refused(tmp_path, name, value, rule, verify):
         lambda h: h["codec"].update(num_codewords=8),
         lambda h: h.update(num_leaves=0),
         lambda h: h.update(leaves_to_search=0),
+        lambda h: h.update(scanned_dim=7),
+        lambda h: h.update(scanned_dim=0),
+        lambda h: h["tensors"].update(kicks=h["tensors"]["codes"]),
+        lambda h: h["tensors"].update(groups={"shape": [5, 6]}),
+        lambda h: h["tensors"].update(groups={"shape": "3"}),
+        lambda h: h["tensors"].update(groups=None),
         lambda h: h.update(tensors=[]),
         lambda h: h["tensors"].pop("codes"),
         lambda h: h["tensors"].update(more={}),

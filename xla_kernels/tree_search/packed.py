@@ -185,13 +185,14 @@ def _spread(
         # Words that are not orthogonal have to be added up; some rows of a leaf tell enough.
         held &= np.arange(starts[-1]) - starts[leaf] < _SAMPLED
         codes = codes[held]
-        whole = np.zeros((len(codes), dim), np.float32)
+        whole = np.zeros((len(codes), dim))
         for subspace, each in zip(codes.T, words, strict=True):
             whole += each[subspace]
         square = np.sum(whole * whole, axis=1)
     else:
-        square = np.zeros(len(codes), np.float32)
-        for subspace, size in zip(codes.T, np.sum(words * words, axis=2), strict=True):
+        square = np.zeros(len(codes))
+        sizes = np.sum(words.astype(np.float64) ** 2, axis=2)
+        for subspace, size in zip(codes.T, sizes, strict=True):
             square += size[subspace]
         square = square[held]
     leaf = leaf[held]
@@ -199,7 +200,7 @@ def _spread(
     count = np.bincount(leaf, minlength=len(starts) - 1)
     mean = total.sum() / max(count.sum(), 1)
     each = np.where(count > 0, total / np.maximum(count, 1), mean) / dim
-    return np.sqrt(each).astype(np.float32)
+    return _float32(np.sqrt(each))
 
 
 def _groups(groups: Any, shape: tuple[int, int], offset: bool) -> LeafGroups:
@@ -213,8 +214,14 @@ def _groups(groups: Any, shape: tuple[int, int], offset: bool) -> LeafGroups:
     if not len(vectors) or starts[0] or starts[-1] != leaves or np.any(np.diff(starts) < 0):
         raise ValueError(f"groups must start at leaf 0 and rise to {leaves}, the leaves there are")
     tiles, scale = centroid_tiles(vectors)
-    half = -0.5 * np.sum(vectors * vectors, axis=1) if offset else np.zeros(0, np.float32)
-    return LeafGroups(vectors, half.astype(np.float32), starts, tiles, scale)
+    half = -0.5 * np.sum(vectors.astype(np.float64) ** 2, axis=1)
+    return LeafGroups(vectors, _float32(half if offset else half[:0]), starts, tiles, scale)
+
+
+def _float32(x: np.ndarray) -> np.ndarray:
+    """Cut to the largest finite numbers, which a damaged file may exceed."""
+    most = np.finfo(np.float32).max
+    return np.clip(x, -most, most).astype(np.float32)
 
 
 def slots_per_block(num_codewords: int) -> int:
