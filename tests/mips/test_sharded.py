@@ -76,12 +76,21 @@ def test_other_forms(index, rows, queries):
     assert (np.asarray(avq_jax.search_sharded(parts, queries[:2]).ids) == -1).all()
 
 
-def test_arguments(index, exact_indexes, queries):
+def test_arguments(index, exact_indexes, queries, rows):
     mesh = mesh_of(2)
+
+    def built(mesh, **options):
+        options = {"axis": "shards", **SIZES, **options}
+        return avq_jax.build_sharded(jax.random.key(0), rows, mesh=mesh, **options)
+
     parts = avq_jax.shard(index, mesh, axis="shards")
     for call, error in [
         (lambda: avq_jax.shard(exact_indexes["dot"], mesh, axis="shards"), "must have a tree"),
         (lambda: avq_jax.shard(index, mesh, axis="rows"), "axis must be one of"),
+        (lambda: built(mesh, axis="rows"), "axis must be one of"),
+        (lambda: built(mesh, soar_lambda=-1.0), "soar_lambda must be None or a finite number"),
+        (lambda: built(mesh, scanned_dim=D + 1), "scanned_dim must be at most the width of x"),
+        (lambda: built(mesh, num_groups=LEAVES + 1), "num_groups must be at most"),
         (lambda: avq_jax.search_sharded(parts, queries[:, :3]), f"as wide as .* {D}"),
         (lambda: avq_jax.search_sharded(parts, queries, k=5, rescore=3), "at least k = 5"),
         (lambda: avq_jax.search_sharded(parts, queries, queries_axis="shards"), "queries_axis"),
@@ -137,15 +146,32 @@ def test_two_processes(index, queries, tmp_path):
         np.testing.assert_array_equal(np.load(tmp_path / f"{i}.npy"), wanted.ids)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("metric", ["dot", "l2"])
-def test_sharded_build_is_that_of_one_device(indexes, rows, metric):
-    """k-means, normal equations and codes over eight devices, against `build`."""
-    one = indexes[metric]
-    many = avq_jax.build_sharded(
-        jax.random.key(0), rows, mesh=mesh_of(8), axis="shards", metric=metric, **SIZES
-    )
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scanned_dim": 8, "num_groups": 3, "soar_lambda": 1.0, "rescore_dtype": "int8"},
+        pytest.param({}, marks=pytest.mark.full),
+        pytest.param({"metric": "l2"}, marks=pytest.mark.full),
+        pytest.param({"metric": "cosine", "spherical": True}, marks=pytest.mark.full),
+        pytest.param({"metric": "l2", "soar_lambda": 1.0, "num_groups": 3}, marks=pytest.mark.full),
+        pytest.param(
+            {"metric": "l2", "scanned_dim": 8, "projection": "prefix"}, marks=pytest.mark.full
+        ),
+        pytest.param({"num_leaves": 1}, marks=pytest.mark.full),
+    ],
+)
+def test_sharded_build_is_that_of_one_device(rows, options, tmp_path):
+    """k-means, normal equations, both leaves and codes over eight devices, against `build`."""
+    metric, options = options.get("metric", "dot"), {**SIZES, **options}
+    one = avq_jax.build(jax.random.key(0), rows, **options)
+    many = avq_jax.build_sharded(jax.random.key(0), rows, mesh=mesh_of(8), axis="shards", **options)
+    assert str(many) == str(one)
     np.testing.assert_allclose(many.tree.centroids, one.tree.centroids, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(many.tree.ranking, one.tree.ranking, rtol=1e-4, atol=1e-4)
+    avq_jax.save(many, tmp_path / "a")
+    again = avq_jax.load(tmp_path / "a")
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(many), strict=True):
+        np.testing.assert_array_equal(a, b)
     a, b = coded_rows(many.tree, N), coded_rows(one.tree, N)
     assert (a.leaves == b.leaves).mean() > 0.99
     np.testing.assert_allclose(
@@ -153,7 +179,7 @@ def test_sharded_build_is_that_of_one_device(indexes, rows, metric):
     )
     assert (a.codes == b.codes).mean() > 0.98
     if metric == "l2":
-        same = (a.codes == b.codes).all(axis=1) & (a.leaves == b.leaves)
+        same = (a.codes == b.codes).all(axis=-1) & (a.leaves == b.leaves)
         np.testing.assert_allclose(a.offset[same], b.offset[same], rtol=1e-3, atol=1e-2)
 
 
