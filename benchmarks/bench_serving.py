@@ -1,19 +1,13 @@
-"""Load test of examples/serve.py, CPU time of sharded search, time of an exported program.
+"""Load test of examples/serve.py, time of an exported program.
 
     python benchmarks/bench_serving.py --dataset glove.hdf5 --requests 5000
 
 The service runs in a process of its own; a client keeps ``--at-once`` requests of one query on
-their way and compares every answer with ``search``. Sharded search runs on devices that share the
-CPU, so its figure is the total CPU time a query, not latency.
+their way and compares every answer with ``search``.
 """
 
 import asyncio
 import os
-
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8"
-)
-
 import pathlib
 import socket
 import subprocess
@@ -26,7 +20,6 @@ import h5py
 import jax
 import numpy as np
 import record
-from jax.sharding import Mesh
 
 import avq_jax
 from avq_jax.serving import export, load_exported
@@ -132,20 +125,6 @@ def main():
                 "same_ids": bool((run(batch).ids == np.asarray(alike.ids)).all()),
             }
             print(kind, result[f"exported_{kind}"], flush=True)
-    result["sharded"] = []
-    for shards in (1, 2, 4, 8):
-        mesh = Mesh(np.array(jax.devices()[:shards]), ("shards",))
-        parts = avq_jax.shard(index, mesh, axis="shards")
-        for leaves in (30, 150):
-            settings = {**options, "leaves_to_search": leaves}
-            took = cpu_us(
-                lambda parts=parts, settings=settings: avq_jax.search_sharded(
-                    parts, batch, **settings
-                ),
-                len(batch),
-            )
-            result["sharded"].append({"shards": shards, "leaves": leaves, "cpu_us": round(took, 1)})
-            print(result["sharded"][-1], flush=True)
     record.write("serving", {**result, **record.environment("aiohttp")}, args.output)
 
 

@@ -83,7 +83,12 @@ def main():
         queries = mixture(rng, centers, args.queries)
         _, build = measured(
             lambda: avq_jax.build_to_disk(
-                jax.random.key(0), rows, work / "index", metric="cosine", progress=True
+                jax.random.key(0),
+                rows,
+                work / "index",
+                metric="cosine",
+                soar_lambda=None,
+                progress=True,
             )
         )
         print("build", build, flush=True)

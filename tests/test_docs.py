@@ -129,7 +129,9 @@ def test_examples_of_errors(compiled_quickly):
     assert result.attempted > 15
 
 
-@pytest.mark.parametrize("page", ["coming_from.md", "errors.md", "index.md", "notebooks.md"])
+@pytest.mark.parametrize(
+    "page", ["coming_from.md", "errors.md", "index.md", "notebooks.md", "serving.md"]
+)
 def test_names_and_links_exist(page):
     import avq_jax
 

@@ -12,10 +12,8 @@ import numpy as np
 from avq_jax.checks import as_rows, is_traced
 from avq_jax.loss import row_norms, scaling
 from avq_jax.mips import Index
-from avq_jax.mips.placing import scanned
+from avq_jax.mips.placing import coded, put_slots, scanned
 from avq_jax.mips.rescoring import store_rows
-from avq_jax.quantization import encode
-from xla_kernels import pack_codes, slots_per_block, unpack_codes
 
 __all__ = ["refresh"]
 
@@ -75,20 +73,16 @@ def _encoded(index: Index, ids: np.ndarray, rows: np.ndarray) -> Any:
     which = place[np.asarray(packed.slot_rows)]
     slots = np.flatnonzero(which >= 0)
     which = which[slots]
-    block = slots_per_block(packed.codes.num_codewords)
-    leaves = np.searchsorted(np.asarray(packed.starts), slots // block, side="right") - 1
+    leaves = np.searchsorted(np.asarray(packed.starts), slots // packed.block, side="right") - 1
     seen = scanned(index.tree, jnp.asarray(rows), index.weight, index.metric)
-    direction = np.asarray(seen.rows)[which]
     # Encoded at a size that is a power of two: few shapes, few compilations.
     pad = (1 << max(len(slots) - 1, 255).bit_length()) - len(slots)
-    residual = direction - np.asarray(packed.centroids)[leaves]
-    residual, direction = (np.pad(a, ((0, pad), (0, 0))) for a in (residual, direction))
-    weights = jax.tree.map(lambda a: jnp.pad(a[which], (0, pad), constant_values=1), seen.scaling)
-    found = encode(index.tree.codebook, residual, weights, direction=direction).codes
-    codes = np.array(unpack_codes(packed.codes))
-    codes[slots] = np.asarray(found)[: len(slots)]
-    again = pack_codes(codes, num_codewords=packed.codes.num_codewords, layout=packed.codes.layout)
-    return index.tree._replace(packed=packed._replace(codes=again))
+    which, leaves = (np.pad(a, (0, pad)) for a in (which, leaves))
+    slots = np.pad(slots, (0, pad), constant_values=-1).astype(np.int32)
+    each = jax.tree.map(lambda a: a[which], seen)
+    codes, offset = coded(index.tree, jnp.asarray(leaves, jnp.int32), each, index.weight)
+    numbers = jnp.asarray(ids[which], jnp.int32)
+    return put_slots(index.tree, jnp.asarray(slots), numbers, codes, offset)
 
 
 def _stored(index: Index, ids: np.ndarray, rows: np.ndarray) -> Any:

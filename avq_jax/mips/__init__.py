@@ -2,6 +2,7 @@
 
 from avq_jax.mips.build import build, default_threshold
 from avq_jax.mips.capacity import compact, held_rows, reserve
+from avq_jax.mips.checkpoint import from_arrays, to_arrays
 from avq_jax.mips.exact import SearchResult, brute_force
 from avq_jax.mips.explain import Explanation, explain
 from avq_jax.mips.index import Index, Tree, user_ids
@@ -32,6 +33,7 @@ __all__ = [
     "compact",
     "default_threshold",
     "explain",
+    "from_arrays",
     "held_rows",
     "load",
     "rebalance",
@@ -45,6 +47,7 @@ __all__ = [
     "searcher",
     "shard",
     "statistics",
+    "to_arrays",
     "tune",
     "user_ids",
 ]

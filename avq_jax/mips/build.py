@@ -12,24 +12,23 @@ import numpy as np
 from jaxtyping import Array
 
 from avq_jax.checks import as_count, as_rows, is_traced
-from avq_jax.loss import Threshold, Uniform, Weight, row_norms
+from avq_jax.loss import Threshold, Uniform, Weight, row_norms, scaling
 from avq_jax.mips.exact import METRICS
 from avq_jax.mips.index import Index, pack_ids
-from avq_jax.mips.learning import (
-    FLAT_ROWS,
-    as_pytree,
-    build_tree,
-    group_count,
-    loss_terms,
-    scanned_terms,
-    tree_sizes,
-)
-from avq_jax.mips.projection import METHODS, learn_projection
+from avq_jax.mips.learning import ONE_DEVICE, Workers, as_pytree, learn_tree
+from avq_jax.mips.options import TreeOptions, tree_options
 from avq_jax.mips.rescoring import StoreType, check_store_type, store_rows
 from avq_jax.progress import shown
 from avq_jax.quantization.codebook import check_magnitude
 
-__all__ = ["build", "default_threshold"]
+__all__ = [
+    "build",
+    "build_index",
+    "check_arguments",
+    "default_effort",
+    "default_threshold",
+    "default_weight",
+]
 
 
 def default_threshold(norms: Any, *, dim: int) -> float:
@@ -142,103 +141,128 @@ def build(
     """
     if is_traced(x):
         raise TypeError("build is a host loop; call it outside jit, or use fit and encode inside")
+    check_arguments(key, metric, rescore_dtype, leaves_to_search)
+    weight = None if weight is None else as_pytree(weight)
+    x = np.asarray(as_rows(x, name="x"))
+    check_magnitude(x)
+    options = tree_options(
+        *x.shape,
+        metric=metric,
+        num_leaves=num_leaves,
+        num_subspaces=num_subspaces,
+        num_codewords=num_codewords,
+        num_iterations=num_iterations,
+        sample_size=sample_size,
+        soar_lambda=soar_lambda,
+        balance=balance,
+        spherical=spherical,
+        num_groups=num_groups,
+        scanned_dim=scanned_dim,
+        projection=projection,
+        codec=codec,
+    )
+    if options is None and rescore_dtype is None:
+        raise ValueError(
+            "rescore_dtype must not be None where rows are scored exactly, as "
+            f"{len(x)} rows are here; give num_subspaces, and enough rows, to have codes"
+        )
+    return build_index(
+        key,
+        x,
+        options,
+        metric=metric,
+        weight=weight,
+        ids=ids,
+        leaves_to_search=leaves_to_search,
+        rescore_dtype=rescore_dtype,
+        progress=progress,
+    )
+
+
+def check_arguments(key: Any, metric: Any, rescore_dtype: Any, leaves_to_search: Any) -> None:
+    """Check what every way of building takes, before any work."""
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise TypeError(f"key must be a typed key, jax.random.key(seed); got {_described(key)}")
     if not isinstance(metric, str) or metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
     check_store_type(rescore_dtype)
-    as_count(sample_size, name="sample_size", minimum=256)
-    as_count(num_iterations, name="num_iterations")
-    if isinstance(soar_lambda, str):
-        if soar_lambda != "auto":
-            raise ValueError(f"soar_lambda must be a number, None or 'auto'; got {soar_lambda!r}")
-    elif soar_lambda is not None and not 0 <= soar_lambda < math.inf:
-        raise ValueError(f"soar_lambda must be None or a finite number >= 0; got {soar_lambda}")
-    if balance is not None and not 1 < balance < math.inf:
-        raise ValueError(f"balance must be None or a finite number above 1; got {balance}")
     if leaves_to_search is not None:
         as_count(leaves_to_search, name="leaves_to_search")
-    if not isinstance(codec, str) or codec not in ("product", "additive"):
-        raise ValueError(f"codec must be 'product' or 'additive'; got {codec!r}")
-    if not isinstance(projection, str) or projection not in METHODS:
-        raise ValueError(f"projection must be one of {', '.join(METHODS)}; got {projection!r}")
-    weight = None if weight is None else as_pytree(weight)
-    x = np.asarray(as_rows(x, name="x"))
-    check_magnitude(x)
+
+
+def build_index(
+    key: Array,
+    x: np.ndarray,
+    options: TreeOptions | None,
+    *,
+    metric: str,
+    weight: Any,
+    ids: Any,
+    leaves_to_search: int | None,
+    rescore_dtype: StoreType | None,
+    workers: Workers = ONE_DEVICE,
+    progress: bool | None = False,
+) -> Index:
+    """The index of checked rows, on one device or shared out.
+
+    Args:
+      key: as of :func:`build`.
+      x: ``[n, d]`` rows.
+      options: of the tree; ``None`` scores all rows exactly.
+      metric: as of :func:`build`.
+      weight: a pytree, or ``None`` for the default.
+      ids: as of :func:`build`.
+      leaves_to_search: as of :func:`build`.
+      rescore_dtype: as of :func:`build`.
+      workers: what runs the steps that go through all rows.
+      progress: as of :func:`build`.
+
+    Returns:
+      :class:`avq_jax.Index`.
+    """
     n, d = x.shape
-    if isinstance(soar_lambda, str):
-        soar_lambda = 1.0 if n >= FLAT_ROWS and metric != "l2" else None
-    width = d if scanned_dim is None else as_count(scanned_dim, name="scanned_dim")
-    if width > d:
-        raise ValueError(f"scanned_dim must be at most the width of x, {d}; got {width}")
-    sizes = tree_sizes(
-        n,
-        width,
-        num_leaves,
-        num_subspaces,
-        num_codewords,
-        spilled=soar_lambda is not None,
-        codec=codec,
-    )
-    num_groups = group_count(num_groups, 0 if sizes is None else sizes[0])
-    if sizes is None and rescore_dtype is None:
-        raise ValueError(
-            f"rescore_dtype must not be None where rows are scored exactly, as {n} rows are here; "
-            "give num_subspaces, and enough rows, to have codes"
-        )
     packed = None if ids is None else jnp.asarray(pack_ids(ids, n))
     norms = np.asarray(row_norms(x))
     if metric == "cosine":
         x = x / np.where(norms > 0, norms, 1)[:, None]
         norms = (norms > 0).astype(np.float32)
     if weight is None:
-        T = default_threshold(norms, dim=d)
-        weight = Uniform() if metric == "l2" else Threshold(jnp.float32(T))
-
+        weight = default_weight(metric, default_threshold(norms, dim=d))
     tree = None
-    terms = loss_terms(weight, norms, x, metric)
-    if sizes is not None:
-        leaves, m = sizes
-        axes = None
-        if scanned_dim is not None:
-            some = x[:: -(-n // sample_size)]
-            axes = learn_projection(some, width, method=projection, centered=metric == "l2")
-        seen, seen_terms = scanned_terms(axes, width, weight, norms, x, metric=metric)
-        tree = build_tree(
-            key,
-            seen,
-            seen_terms,
-            metric=metric,
-            num_leaves=leaves,
-            num_subspaces=m,
-            num_codewords=num_codewords,
-            num_iterations=num_iterations,
-            sample_size=sample_size,
-            soar_lambda=soar_lambda,
-            balance=balance,
-            spherical=spherical,
-            num_groups=num_groups,
-            codec=codec,
-            progress=progress,
-        )._replace(projection=axes)
-    count = 0 if tree is None else tree.centroids.shape[0]
+    if options is not None:
+        tree = learn_tree(
+            key, x, norms, weight, options, metric=metric, workers=workers, progress=progress
+        )
+    store = None
+    if rescore_dtype is not None:
+        each = None
+        if metric != "l2":
+            each = jax.tree.map(np.asarray, scaling(weight, norms, dim=d))
+        store = store_rows(x, rescore_dtype, each)
     index = Index(
         tree=tree,
-        store=None
-        if rescore_dtype is None
-        else store_rows(
-            x, rescore_dtype, None if metric == "l2" else terms(slice(None))["scaling"]
-        ),
+        store=store,
         ids=packed,
         weight=weight,
         metric=metric,
         num_rows=n,
         dim=d,
-        leaves_to_search=leaves_to_search or max(1, min(count, max(8, math.ceil(count / 10)))),
+        leaves_to_search=leaves_to_search
+        or default_effort(0 if tree is None else tree.centroids.shape[0]),
     )
     if shown(progress):
         print(f"{index}\n{index.bytes_per_row}", file=sys.stderr)
     return index
+
+
+def default_weight(metric: str, T: Any) -> Weight:
+    """``Threshold(T)``, or for Euclidean search ``Uniform()``."""
+    return Uniform() if metric == "l2" else Threshold(jnp.float32(T))
+
+
+def default_effort(num_leaves: int) -> int:
+    """A tenth of the leaves, and eight at least where there are so many."""
+    return max(1, min(num_leaves, max(8, math.ceil(num_leaves / 10))))
 
 
 def _described(value: Any) -> str:

@@ -19,11 +19,14 @@ _STEP = 1 << 24
 
 
 class Learned(NamedTuple):
-    """What a build learns before it encodes; T is the default threshold, ranking may be empty."""
+    """What a build learns before it encodes; T is the default threshold, some may be empty."""
 
     centroids: Any
     ranking: Any
     codewords: Any
+    groups: Any
+    group_starts: Any
+    projection: Any
     T: Any
 
 

@@ -1,30 +1,31 @@
-"""What every way of building shares: sizes, the loss of rows, the tree, the codes."""
+"""What every way of building shares: the loss of rows, the tree, the codes."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from avq_jax.checks import as_count
 from avq_jax.loss import QueryTerms, Scaling, Weight, row_norms, scaling
 from avq_jax.mips.balance import balanced_centroids, balanced_leaves
 from avq_jax.mips.index import Tree
+from avq_jax.mips.options import TreeOptions
 from avq_jax.mips.packing import pack_tree
 from avq_jax.mips.partition import (
     anisotropic_centroids,
-    check_slots,
+    assign_first,
+    assign_second,
+    k_means_step,
     leaf_groups,
     nearest_centroids,
     spilled_leaves,
     train_centroids,
 )
-from avq_jax.mips.projection import scanned_rows
+from avq_jax.mips.projection import learn_projection, scanned_rows
 from avq_jax.progress import steps
 from avq_jax.quantization import (
     AdditiveCodebook,
@@ -34,33 +35,53 @@ from avq_jax.quantization import (
     fit,
     fit_additive,
 )
-from xla_kernels import slots_per_block
 
 __all__ = [
     "CENTROID_ETA",
-    "FLAT_ROWS",
+    "ONE_DEVICE",
+    "Workers",
     "as_pytree",
     "build_tree",
     "encode_leaves",
-    "group_count",
+    "learn_tree",
     "loss_terms",
+    "row_leaves",
     "scanned_terms",
-    "tree_sizes",
 ]
 
-# Below this many rows exact scoring is as fast as anything, and below this many a scan of all
-# codes, which loses no row to an unprobed leaf.
-_EXACT_ROWS = 20_000
-FLAT_ROWS = 50_000
-# From so many leaves on ranking them all takes longer than groups lose.
-_GROUPED_LEAVES = 4096
-# Fewest rows that a tree and codebooks are learned from.
-_LEAST_ROWS = 32
 _CHUNK = 1 << 17
 # Of the search for additive codes, which takes most of a build.
 _ROUNDS = 16
 # Of the centroids: best of 1, 1.5, 2.5, 4 and 8 on word vectors, raw or of length 1.
 CENTROID_ETA = 2.5
+
+
+def row_codes(codebook: Codebook | AdditiveCodebook, x: Any, terms: dict[str, Any]) -> Any:
+    """Codes ``uint8[n, m]`` of rows under what :func:`loss_terms` gives of them."""
+    return encode(codebook, x, **terms).codes
+
+
+class Workers(NamedTuple):
+    """The steps of a build that go through all rows, and how many devices share these out.
+
+    Attributes:
+      k_means_step: of :mod:`avq_jax.mips.partition`.
+      assign: rows and centroids to the nearest ones, likewise.
+      assign_second: rows, their first leaves, centroids and lambda to second leaves, likewise.
+      codes: :func:`row_codes`.
+      fit: :func:`avq_jax.fit`.
+      devices: samples are cut to a multiple of so many rows.
+    """
+
+    k_means_step: Callable[..., Any]
+    assign: Callable[..., Any]
+    assign_second: Callable[..., Any]
+    codes: Callable[..., Any]
+    fit: Callable[..., Any]
+    devices: int = 1
+
+
+ONE_DEVICE = Workers(k_means_step, assign_first, assign_second, row_codes, fit)
 
 
 def as_pytree(weight: Any) -> Any:
@@ -70,68 +91,6 @@ def as_pytree(weight: Any) -> Any:
     if jax.tree_util.all_leaves([weight]):  # a plain function
         return jax.tree_util.Partial(weight)
     return jax.tree.map(jnp.asarray, jax.tree.map(np.float32, weight))
-
-
-def tree_sizes(
-    n: int,
-    d: int,
-    num_leaves: Any,
-    num_subspaces: Any,
-    num_codewords: Any,
-    *,
-    spilled: bool = False,
-    codec: str = "product",
-) -> tuple[int, int] | None:
-    """Leaves and subspaces of the tree, or ``None`` where all rows are scored exactly."""
-    k = as_count(num_codewords, name="num_codewords", minimum=2)
-    if k > 256:
-        raise ValueError(f"num_codewords must be at most 256, so that codes are bytes; got {k}")
-    leaves = 1 if n < FLAT_ROWS and not spilled else round(math.sqrt(n))
-    if num_leaves is not None:
-        leaves = as_count(num_leaves, name="num_leaves")
-    m = math.ceil(d / 2) if d <= 128 else max(64, math.ceil(d / 4))
-    if codec == "additive":
-        m = math.ceil(m / 2)
-    if num_subspaces is not None:
-        m = as_count(num_subspaces, name="num_subspaces")
-        if m > d:
-            raise ValueError(f"num_subspaces must be at most the width of x, {d}; got {m}")
-    if n < max(k, _LEAST_ROWS):
-        warnings.warn(
-            f"{n} rows are too few to learn {k} codewords a subspace from; "
-            "the index scores all rows exactly",
-            stacklevel=3,
-        )
-        return None
-    if num_leaves is None and num_subspaces is None and n < _EXACT_ROWS:
-        return None
-    if leaves > n:
-        warnings.warn(
-            f"num_leaves = {leaves} is more than the {n} rows; using {n // 32 or 1}", stacklevel=3
-        )
-        leaves = n // 32 or 1
-    check_slots(n + slots_per_block(k) * leaves)
-    return leaves, m
-
-
-def group_count(num_groups: Any, leaves: int) -> int | None:
-    """Groups of so many leaves: the number asked for, or by ``"auto"`` sqrt(L) of very many.
-
-    Raises:
-      ValueError: more groups than leaves, another word than ``"auto"``.
-
-    >>> group_count("auto", 1000), group_count("auto", 10_000), group_count(5, 1000)
-    (None, 100, 5)
-    """
-    if isinstance(num_groups, str):
-        if num_groups != "auto":
-            raise ValueError(f"num_groups must be a number, None or 'auto'; got {num_groups!r}")
-        return round(math.sqrt(leaves)) if leaves >= _GROUPED_LEAVES else None
-    if num_groups is not None and as_count(num_groups, name="num_groups") > leaves:
-        raise ValueError(
-            f"num_groups must be at most the number of leaves, {leaves}; got {num_groups}"
-        )
-    return num_groups
 
 
 def loss_terms(weight: Weight, norms: Any, x: Any, metric: str):
@@ -172,58 +131,81 @@ def scanned_terms(
     return seen, lambda i: {"scaling": Scaling(*(a[i] for a in each)), "direction": seen[i]}
 
 
-def build_tree(
+def learn_tree(
     key: Array,
     x: np.ndarray,
-    terms: Any,
+    norms: Any,
+    weight: Weight,
+    options: TreeOptions,
     *,
     metric: str,
-    num_leaves: int,
-    num_subspaces: int,
-    num_codewords: int,
-    num_iterations: int,
-    sample_size: int,
-    soar_lambda: float | None,
+    workers: Workers = ONE_DEVICE,
     progress: bool | None,
-    balance: float | None = None,
-    spherical: bool = False,
-    num_groups: int | None = None,
-    codec: str = "product",
 ) -> Tree:
-    """Leaves, codebook and codes of all rows; the arguments are those of :func:`avq_jax.build`.
+    """The projection of the options, and :func:`build_tree` of the rows under it.
 
     Args:
       key: a typed key.
-      x: ``[n, d]`` rows as they are quantized, of length 1 for ``"cosine"``.
-      terms: from :func:`loss_terms`, or :func:`scanned_terms`.
+      x: ``[n, d]`` rows, of length 1 for ``"cosine"``.
+      norms: ``[n]`` their norms.
+      weight: of the score-aware loss.
+      options: sizes and the rest.
       metric: as of ``build``.
-      num_leaves: L.
-      num_subspaces: m.
-      num_codewords: k.
-      num_iterations: most iterations of k-means and of the codebook learner.
-      sample_size: rows that centroids are learned from.
-      soar_lambda: of second copies, ``None`` for none.
+      workers: what runs the steps that go through all rows.
       progress: as of ``build``.
-      balance: as of ``build``.
-      spherical: as of ``build``.
-      num_groups: as of ``build``.
-      codec: as of ``build``.
 
     Returns:
       :class:`avq_jax.mips.Tree`.
     """
-    n = x.shape[0]
+    n, width = x.shape
+    axes = None
+    if options.scanned_dim is not None:
+        width = options.scanned_dim
+        some = x[:: -(-n // options.sample_size)]
+        axes = learn_projection(some, width, method=options.projection, centered=metric == "l2")
+    seen, terms = scanned_terms(axes, width, weight, norms, x, metric=metric)
+    tree = build_tree(key, seen, terms, options, metric=metric, workers=workers, progress=progress)
+    return tree._replace(projection=axes)
+
+
+def build_tree(
+    key: Array,
+    x: np.ndarray,
+    terms: Any,
+    options: TreeOptions,
+    *,
+    metric: str,
+    workers: Workers = ONE_DEVICE,
+    progress: bool | None,
+) -> Tree:
+    """Leaves, codebook and codes of all rows.
+
+    Args:
+      key: a typed key.
+      x: ``[n, p]`` rows as they are quantized, of length 1 for ``"cosine"``.
+      terms: from :func:`loss_terms`, or :func:`scanned_terms`.
+      options: sizes and the rest; rows are taken as projected already.
+      metric: as of ``build``.
+      workers: what runs the steps that go through all rows.
+      progress: as of ``build``.
+
+    Returns:
+      :class:`avq_jax.mips.Tree`.
+    """
+    n, num_leaves, balance = x.shape[0], options.num_leaves, options.balance
     key_sample, key_tree, key_codes = jax.random.split(key, 3)
-    size = min(n, max(sample_size, 32 * num_leaves))
+    size = min(n, max(options.sample_size, 32 * num_leaves))
     picked = np.sort(np.asarray(jax.random.choice(key_sample, n, (size,), replace=False)))
+    picked = picked[: size - size % workers.devices]
     sample = jnp.asarray(x[picked])
     centroids = train_centroids(
         key_tree,
         sample,
         num_leaves=num_leaves,
-        num_iterations=num_iterations,
-        spherical=spherical,
+        num_iterations=options.num_iterations,
+        spherical=options.spherical,
         progress=progress,
+        step=workers.k_means_step,
     )
     leaves = ranking = None
     if balance is not None:
@@ -236,62 +218,63 @@ def build_tree(
         near = nearest_centroids(sample, centroids) if leaves is None else leaves[picked]
         ranking = anisotropic_centroids(sample, near, centroids, eta=CENTROID_ETA)
     groups = None
-    if num_groups is not None:
+    if options.num_groups is not None:
         groups, order = leaf_groups(
             jax.random.fold_in(key_tree, 1),
             centroids if ranking is None else ranking,
-            num_groups=num_groups,
+            num_groups=options.num_groups,
             eta=1.0 if metric == "l2" else CENTROID_ETA,
         )
         centroids = centroids[order]
         ranking = None if ranking is None else ranking[order]
         leaves = None if leaves is None else np.argsort(order).astype(np.int32)[leaves]
-    if ranking is not None:
-        leaves = nearest_centroids(x, ranking) if leaves is None else leaves
-        centroids = anisotropic_centroids(sample, leaves[picked], centroids, eta=1.0)
+    vectors = centroids if ranking is None else ranking
     if leaves is None:
-        leaves = nearest_centroids(x, centroids)
+        leaves = nearest_centroids(x, vectors, assign=workers.assign)
+    if ranking is not None:
+        centroids = anisotropic_centroids(sample, leaves[picked], centroids, eta=1.0)
     center = np.asarray(centroids)
 
     # More rows and iterations brought word vectors no recall.
-    few = picked[:: -(-size // (sample_size // 2))]
-    sizes: Any = {"num_codewords": num_codewords, "num_iterations": num_iterations}
-    residual = x[few] - center[leaves[few]]
+    few = picked[:: -(-size // (options.sample_size // 2))]
+    few = few[: len(few) - len(few) % workers.devices]
+    residual, m = x[few] - center[leaves[few]], options.num_subspaces
+    learner: Any = {
+        "num_codewords": options.num_codewords, "num_iterations": options.num_iterations,
+        "progress": progress, **terms(few),
+    }  # fmt: skip
     codebook: Codebook | AdditiveCodebook
-    if codec == "additive":
+    if options.codec == "additive":
         codebook, _ = fit_additive(
-            key_codes,
-            residual,
-            num_codebooks=num_subspaces,
-            num_rounds=_ROUNDS,
-            progress=progress,
-            **sizes,
-            **terms(few),
+            key_codes, residual, num_codebooks=m, num_rounds=_ROUNDS, **learner
         )
     else:
-        state, _ = fit(
-            key_codes,
-            residual,
-            num_subspaces=num_subspaces,
-            progress=progress,
-            **sizes,
-            **terms(few),
-        )
+        state, _ = workers.fit(key_codes, residual, num_subspaces=m, **learner)
         codebook = state.codebook
 
-    if soar_lambda is None or len(center) < 2:
-        codes, offset = encode_leaves(x, leaves, center, codebook, terms, metric, progress)
-        return pack_tree(centroids, leaves, codebook, codes, offset, ranking=ranking, groups=groups)
-    vectors = centroids if ranking is None else ranking
-    second = spilled_leaves(x, leaves, vectors, soar_lambda=soar_lambda)
-    pairs = [
-        encode_leaves(x, each, center, codebook, terms, metric, progress)
-        for each in (leaves, second)
-    ]
-    codes = np.stack([codes for codes, _ in pairs], axis=1)
-    offset = None if metric != "l2" else np.stack([offset for _, offset in pairs], axis=1)
-    both = np.stack([leaves, second], axis=1)
-    return pack_tree(centroids, both, codebook, codes, offset, ranking=ranking, groups=groups)
+    if options.soar_lambda is not None and len(center) > 1:
+        leaves = _with_second(x, leaves, vectors, options.soar_lambda, workers)
+    codes, offset = encode_leaves(
+        x, leaves, center, codebook, terms, metric, progress, codes=workers.codes
+    )
+    return pack_tree(centroids, leaves, codebook, codes, offset, ranking=ranking, groups=groups)
+
+
+def _with_second(
+    x: Any, leaves: np.ndarray, vectors: Any, soar_lambda: float, workers: Workers
+) -> np.ndarray:
+    second = spilled_leaves(
+        x, leaves, vectors, soar_lambda=soar_lambda, assign=workers.assign_second
+    )
+    return np.stack([leaves, second], axis=1)
+
+
+def row_leaves(x: Any, vectors: Float[Array, "L d"], soar_lambda: float | None) -> np.ndarray:
+    """Leaf of every row, ``int32[n]``, or both leaves ``[n, 2]``, by the vectors that rank them."""
+    leaves = nearest_centroids(x, vectors)
+    if soar_lambda is None or vectors.shape[0] < 2:
+        return leaves
+    return _with_second(x, leaves, vectors, soar_lambda, ONE_DEVICE)
 
 
 def encode_leaves(
@@ -302,10 +285,33 @@ def encode_leaves(
     terms: Any,
     metric: str,
     progress: bool | None,
+    *,
+    codes: Callable[..., Any] = row_codes,
 ) -> tuple[np.ndarray, Any]:
-    """Codes of all residuals and, for L2, the offset of each row."""
+    """Codes of the residuals of rows in their leaves and, for L2, offsets.
+
+    Args:
+      x: ``[n, p]`` rows as they are quantized.
+      leaves: ``int32[n]``, or ``[n, c]`` of c copies.
+      center: ``[L, p]``.
+      codebook: of the residuals.
+      terms: from :func:`loss_terms`, or :func:`scanned_terms`.
+      metric: as of ``build``.
+      progress: as of ``build``.
+      codes: of :class:`Workers`.
+
+    Returns:
+      ``uint8[n, m]`` or ``[n, c, m]``, and ``float32[n]`` or ``[n, c]``, or ``None``.
+    """
+    if leaves.ndim == 2:
+        each = [
+            encode_leaves(x, copy, center, codebook, terms, metric, progress, codes=codes)
+            for copy in leaves.T
+        ]
+        both = np.stack([found for found, _ in each], axis=1)
+        return both, None if metric != "l2" else np.stack([one for _, one in each], axis=1)
     n = x.shape[0]
-    codes = np.empty((n, codebook.num_subspaces), np.uint8)
+    found = np.empty((n, codebook.num_subspaces), np.uint8)
     offset = np.empty(n, np.float32) if metric == "l2" else None
     starts = range(0, n, _CHUNK)
     for step in steps(len(starts), "encoding", progress):
@@ -313,9 +319,8 @@ def encode_leaves(
         start = max(0, min(starts[step], n - _CHUNK))
         i = np.arange(start, min(n, start + _CHUNK))
         residual = x[i] - center[leaves[i]]
-        part = encode(codebook, residual, **terms(i))
-        codes[i] = part.codes
+        found[i] = codes(codebook, residual, terms(i))
         if offset is not None:
-            left = residual - np.asarray(decode(codebook, part))
+            left = residual - np.asarray(decode(codebook, found[i]))
             offset[i] = np.sum(x[i] * left, axis=1) - 0.5 * np.sum(x[i] * x[i], axis=1)
-    return codes, offset
+    return found, offset

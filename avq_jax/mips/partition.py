@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +19,8 @@ from avq_jax.quantization.update import over_devices, solve, worst_rows
 __all__ = [
     "Layout",
     "anisotropic_centroids",
+    "assign_first",
+    "assign_second",
     "check_slots",
     "k_means_step",
     "lay_out",
@@ -62,11 +66,13 @@ def _in_steps(x: Array) -> Array:
 
 
 @jax.jit
-def _assign(x: Float[Array, "n d"], centroids: Float[Array, "L d"]) -> Int32[Array, " n"]:
+def assign_first(x: Float[Array, "n d"], centroids: Float[Array, "L d"]) -> Int32[Array, " n"]:
+    """Nearest centroid of every row, the first of equals."""
     leaves = jax.lax.map(lambda rows: _nearest(rows, centroids), _in_steps(x))
     return leaves.reshape(-1)[: x.shape[0]]
 
 
+@functools.partial(jax.jit, static_argnames="axis")
 def k_means_step(
     x: Float[Array, "n d"], centroids: Float[Array, "L d"], axis: str | None = None
 ) -> tuple[Float[Array, "L d"], Float[Array, ""]]:
@@ -75,7 +81,7 @@ def k_means_step(
     With ``axis``, a mesh axis of ``shard_map``, x are the rows of this device, as many on each.
     """
     num_leaves = centroids.shape[0]
-    leaves = _assign(x, centroids)
+    leaves = assign_first(x, centroids)
     size = jax.ops.segment_sum(jnp.ones(x.shape[0], jnp.float32), leaves, num_leaves)
     total = jax.ops.segment_sum(x, leaves, num_leaves)
     size, total = over_devices(size, axis), over_devices(total, axis)
@@ -90,9 +96,6 @@ def k_means_step(
     return jnp.where(empty[:, None], far, fresh), mean
 
 
-_k_means_step = jax.jit(k_means_step, static_argnames="axis")
-
-
 def train_centroids(
     key: Array,
     x: Float[Array, "n d"],
@@ -102,6 +105,7 @@ def train_centroids(
     tolerance: float = 1e-3,
     spherical: bool = False,
     progress: bool | None = False,
+    step: Callable[..., Any] = k_means_step,
 ) -> Float[Array, "L d"]:
     """Learn leaf centroids by k-means (Lloyd, 1982), from random distinct rows.
 
@@ -113,6 +117,7 @@ def train_centroids(
       tolerance: stop when an iteration lowers the mean squared distance by a smaller fraction.
       spherical: give centroids length 1 after every iteration (Dhillon and Modha, 2001).
       progress: show a progress bar.
+      step: :func:`k_means_step` where it runs.
 
     Returns:
       ``float32[L, d]`` centroids.
@@ -123,7 +128,7 @@ def train_centroids(
         return unit(centroids) if spherical else centroids
     previous = np.inf
     for _ in steps(num_iterations, "partitioning", progress):
-        centroids, loss = _k_means_step(x, centroids)
+        centroids, loss = step(x, centroids)
         centroids = unit(centroids) if spherical else centroids
         if previous - (loss := float(loss)) <= tolerance * loss:
             break
@@ -165,12 +170,15 @@ def anisotropic_centroids(
     return _anisotropic(x, jnp.asarray(leaves), centroids, jnp.float32(eta))
 
 
-def nearest_centroids(x: Any, centroids: Float[Array, "L d"]) -> Int32[np.ndarray, " n"]:
+def nearest_centroids(
+    x: Any, centroids: Float[Array, "L d"], *, assign: Callable[..., Any] = assign_first
+) -> Int32[np.ndarray, " n"]:
     """Find the leaf of every row, chunk by chunk on the host.
 
     Args:
       x: ``[n, d]`` rows.
       centroids: ``[L, d]``.
+      assign: :func:`assign_first` where it runs.
 
     Returns:
       ``int32[n]``; of equal distances the first leaf.
@@ -179,7 +187,8 @@ def nearest_centroids(x: Any, centroids: Float[Array, "L d"]) -> Int32[np.ndarra
     leaves = np.empty(n, np.int32)
     for start in range(0, n, _CHUNK):
         start = max(0, min(start, n - _CHUNK))
-        leaves[start : start + _CHUNK] = _assign(jnp.asarray(x[start : start + _CHUNK]), centroids)
+        part = slice(start, start + _CHUNK)
+        leaves[part] = assign(jnp.asarray(x[part]), centroids)
     return leaves
 
 
@@ -248,7 +257,8 @@ def _second(x: Array, first: Array, centroids: Array, soar_lambda: Array) -> Int
 
 
 @jax.jit
-def _assign_second(x: Array, first: Array, centroids: Array, soar_lambda: Array) -> Array:
+def assign_second(x: Array, first: Array, centroids: Array, soar_lambda: Array) -> Array:
+    """Second leaf of every row, of least :func:`spill_losses`, the first of equals."""
     blocks = _in_steps(x), jnp.pad(first, (0, -x.shape[0] % _ROWS_PER_STEP))
     blocks = blocks[0], blocks[1].reshape(-1, _ROWS_PER_STEP)
     leaves = jax.lax.map(lambda z: _second(z[0], z[1], centroids, soar_lambda), blocks)
@@ -261,6 +271,7 @@ def spilled_leaves(
     centroids: Float[Array, "L d"],
     *,
     soar_lambda: float,
+    assign: Callable[..., Any] = assign_second,
 ) -> Int32[np.ndarray, " n"]:
     """A second leaf for every row, whose residual is not parallel to the first.
 
@@ -273,6 +284,7 @@ def spilled_leaves(
       leaves: ``int32[n]`` their first leaves.
       centroids: ``[L, d]``, L >= 2.
       soar_lambda: weight of the parallel part, >= 0; 0 takes the second nearest centroid.
+      assign: :func:`assign_second` where it runs.
 
     Returns:
       ``int32[n]``, never the first leaf.
@@ -285,7 +297,7 @@ def spilled_leaves(
     for start in range(0, n, _CHUNK):
         start = max(0, min(start, n - _CHUNK))
         part = slice(start, start + _CHUNK)
-        second[part] = _assign_second(
+        second[part] = assign(
             jnp.asarray(x[part]), jnp.asarray(leaves[part]), centroids, jnp.float32(soar_lambda)
         )
     return second

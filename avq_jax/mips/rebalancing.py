@@ -16,6 +16,7 @@ from avq_jax.loss import row_norms
 from avq_jax.mips.capacity import held_rows, with_room
 from avq_jax.mips.index import Index
 from avq_jax.mips.learning import build_tree, scanned_terms
+from avq_jax.mips.options import TreeOptions
 from avq_jax.mips.placing import scanned
 from avq_jax.mips.rescoring import Store
 from avq_jax.quantization import Codebook
@@ -186,21 +187,18 @@ def rebalance(
     seen, terms = scanned_terms(
         old.projection, old.width, index.weight, norms, x, metric=index.metric
     )
-    tree = build_tree(
-        key,
-        seen,
-        terms,
-        metric=index.metric,
-        num_leaves=leaves,
-        num_subspaces=book.num_subspaces,
-        num_codewords=book.num_codewords,
-        num_iterations=num_iterations,
-        sample_size=sample_size,
-        soar_lambda=soar_lambda,
+    options = TreeOptions(
+        leaves,
+        book.num_subspaces,
+        book.num_codewords,
+        num_iterations,
+        sample_size,
+        soar_lambda,
         num_groups=None if groups is None else groups.vectors.shape[0],
         codec="product" if isinstance(book, Codebook) else "additive",
-        progress=progress,
-    )._replace(projection=old.projection)
+    )
+    tree = build_tree(key, seen, terms, options, metric=index.metric, progress=progress)
+    tree = tree._replace(projection=old.projection)
     searched = max(1, round(index.leaves_to_search * leaves / index.num_leaves))
     return dataclasses.replace(
         index, tree=with_room(tree, kept, index.num_rows), leaves_to_search=searched

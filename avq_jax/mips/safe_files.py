@@ -39,7 +39,7 @@ DTYPES: dict[str, Any] = {
     "U8": np.dtype(np.uint8),
     "U32": np.dtype(np.uint32),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class IndexFormatError(ValueError):
@@ -64,7 +64,7 @@ def spec_of(array: np.ndarray) -> Spec:
     digest = hashlib.sha256()
     for part in _parts(array):
         digest.update(part)
-    return Spec(_NAMES[array.dtype], array.shape, digest.hexdigest())
+    return Spec(NAMES[array.dtype], array.shape, digest.hexdigest())
 
 
 def _parts(array: np.ndarray) -> Iterator[memoryview]:
@@ -79,11 +79,12 @@ def dump_header(body: Mapping[str, Any]) -> bytes:
     >>> sorted(json.loads(dump_header({"magic": "x"})))
     ['magic', 'sha256']
     """
-    own = {"sha256": hashlib.sha256(_spell(dict(body))).hexdigest()}
-    return _spell({**body, **own})
+    own = {"sha256": hashlib.sha256(spell(dict(body))).hexdigest()}
+    return spell({**body, **own})
 
 
-def _spell(body: dict[str, Any]) -> bytes:
+def spell(body: dict[str, Any]) -> bytes:
+    """Values of JSON in the one spelling that headers have."""
     return (json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
 
 

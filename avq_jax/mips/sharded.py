@@ -1,15 +1,18 @@
 """Search of an index whose rows are shared out over the devices of a mesh axis.
 
-Every device has the centroids and codebooks, and of each leaf the rows that are its own: a range
-of row numbers. It scans its part of the probed leaves; the best candidates of all devices are
-compared, each device rescores those of its own that stay, and the best results are compared again.
-Two small gathers a batch, ``2 R`` and ``2 k`` numbers a query and device, are all that is sent.
+Every device has the centroids and codebooks, and of each leaf the rows that are its own, dealt out
+one by one: row r lies on device r mod shards, whatever order rows come in. It scans its part of
+the probed leaves. For the rest queries are shared out too: a device compares the candidates of all
+devices for its part of the queries, tells each device which of its own to rescore, and compares
+what comes back. A device gives little more than its share of the R candidates; where one of them
+turns out to hold more, all are asked for R.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -70,7 +73,7 @@ class ShardedIndex:
 
 
 def shard(index: Index, mesh: Mesh, *, axis: str) -> ShardedIndex:
-    """Share an index out over the devices of a mesh axis, a range of row numbers each.
+    """Share an index out over the devices of a mesh axis, row r to device r mod shards.
 
     In a run of several processes each calls this with the same index and keeps its own part.
 
@@ -101,7 +104,7 @@ def shard(index: Index, mesh: Mesh, *, axis: str) -> ShardedIndex:
         raise ValueError(f"axis must be one of {tuple(mesh.shape)}; got {axis!r}")
     count = mesh.shape[axis]
     each = -(-index.num_rows // count)
-    parts = [_part(index, s * each, (s + 1) * each) for s in range(count)]
+    parts = [_part(index, s, count) for s in range(count)]
     # Shapes are the same on all devices: free blocks at the end, which no leaf owns.
     slots = max(parts[0].block, *(part.slot_rows.shape[0] for part in parts))
     packed = jax.tree.map(lambda *a: np.stack(a), *(_padded_tree(part, slots) for part in parts))
@@ -122,14 +125,14 @@ def shard(index: Index, mesh: Mesh, *, axis: str) -> ShardedIndex:
 def _split(a: Any, count: int, each: int) -> np.ndarray:
     a = np.asarray(a)
     a = np.pad(a, ((0, count * each - len(a)),) + ((0, 0),) * (a.ndim - 1))
-    return a.reshape(count, each, *a.shape[1:])
+    return a.reshape(each, count, *a.shape[1:]).swapaxes(0, 1)
 
 
-def _part(index: Index, begin: int, end: int) -> PackedTree:
-    """The tree of a range of rows, numbered from 0."""
+def _part(index: Index, shard: int, count: int) -> PackedTree:
+    """The tree of the rows of a shard, numbered from 0 in their order."""
     packed = index.tree.packed
     held = held_slots(index.tree)
-    mine = (held.rows >= begin) & (held.rows < end)
+    mine = held.rows % count == shard
     layout = lay_out(held.leaves[mine], num_leaves=len(packed.starts) - 1, block=packed.block)
     entries = np.asarray(layout.slots)
     at, full = np.maximum(entries, 0), entries >= 0
@@ -138,7 +141,7 @@ def _part(index: Index, begin: int, end: int) -> PackedTree:
         rows, offset = np.zeros(0, np.int32), None if held.offset is None else held.offset[:0]
     else:
         codes = held.codes[mine][at]
-        rows = np.where(full, held.rows[mine][at] - begin, -1).astype(np.int32)
+        rows = np.where(full, held.rows[mine][at] // count, -1).astype(np.int32)
         offset = None if held.offset is None else np.where(full, held.offset[mine][at], 0)
     return xla_kernels.pack_tree(
         packed.centroids,
@@ -241,23 +244,43 @@ def _search_parts(parts: Any, q: Array, effort: tuple, meta: tuple) -> tuple[Arr
     k, leaves, rescore, implementation = effort
     mesh, axis, queries_axis, metric, each = meta
 
+    count = mesh.shape[axis]
+
     def device(parts: Any, projection: Any, q: Array) -> tuple[Array, Array]:
         packed, rows, scale = jax.tree.map(lambda a: a[0], parts)
-        mine = jax.lax.axis_index(axis)
+        b = q.shape[0]
         local = Index(Tree(packed, projection), None, None, None, metric, each, q.shape[1], leaves)
-        scores, numbers = search(local, q, k=rescore or k, rescore=0, implementation=implementation)
-        if rescore:
-            # The best candidates of all devices; equal scores in the order of the rows.
-            everywhere = _gathered(scores, axis)
+
+        def estimated(width: int) -> tuple[Array, Array]:
+            return search(local, q, k=width, rescore=0, implementation=implementation)
+
+        def rescored(width: int) -> tuple[Array, Array, Array]:
+            """The k best of this device among the R candidates, and whether there may be others."""
+            scores, numbers = estimated(width)
+            everywhere = _my_queries(scores, axis, count)
             _, place = jax.lax.top_k(everywhere, rescore)
-            stays = jnp.zeros(numbers.shape, bool)
-            at = jnp.where(place // rescore == mine, place % rescore, rescore)
-            stays = jax.vmap(lambda s, a: s.at[a].set(True, mode="drop"))(stays, at)
-            chosen = jnp.where(stays, numbers, -1)
-            scores, numbers = _rescored(q, rows, scale, chosen, k, metric, implementation)
-        numbers = jnp.where(numbers >= 0, numbers + mine * each, -1)
-        best, place = jax.lax.top_k(_gathered(scores, axis), k)
-        return best, jnp.take_along_axis(_gathered(numbers, axis), place, axis=1)
+            stays = jnp.zeros(everywhere.shape, bool)
+            stays = jax.vmap(lambda s, a: s.at[a].set(True))(stays, place)
+            stays = stays & (everywhere > -jnp.inf)
+            more = jnp.any(stays.reshape(-1, count, width)[:, :, -1])
+            chosen = jnp.where(_my_rows(stays, axis, count)[:b], numbers, -1)
+            found = _rescored(q, rows, scale, chosen, k, metric, implementation)
+            return *found, jax.lax.pmax(more.astype(jnp.int32), axis)
+
+        if rescore:
+            width = _share(rescore, k, count)
+            scores, numbers, more = rescored(width)
+            if width < rescore:
+                scores, numbers = jax.lax.cond(
+                    more > 0, lambda: rescored(rescore)[:2], lambda: (scores, numbers)
+                )
+        else:
+            scores, numbers = estimated(k)
+        numbers = jnp.where(numbers >= 0, numbers * count + jax.lax.axis_index(axis), -1)
+        found = (-_my_queries(scores, axis, count), _my_queries(numbers, axis, count))
+        # Equal scores in the order of the rows.
+        less, ids = (a[:, :k] for a in jax.lax.sort(found, num_keys=2))
+        return tuple(jax.lax.all_gather(a, axis, tiled=True)[:b] for a in (-less, ids))
 
     whole, shared = PartitionSpec(axis), PartitionSpec(queries_axis)
     # Every device gathers the same values, which the type system cannot see.
@@ -268,10 +291,33 @@ def _search_parts(parts: Any, q: Array, effort: tuple, meta: tuple) -> tuple[Arr
     return run(parts[:3], parts[3], q)
 
 
-def _gathered(a: Array, axis: str) -> Array:
-    """``[b, r]`` of each device to ``[b, shards r]``, device after device."""
-    parts = jax.lax.all_gather(a, axis)
-    return parts.transpose(1, 0, 2).reshape(a.shape[0], -1)
+def _share(rescore: int, k: int, count: int) -> int:
+    """Candidates of a device that hold its part of R in all but rare cases.
+
+    Of R rows dealt out at random a device has R / count in the mean, with a variance below that.
+
+    >>> [_share(100, 10, count) for count in (1, 2, 8)]
+    [100, 87, 35]
+    """
+    if count == 1:
+        return rescore
+    mean = rescore / count
+    return min(rescore, max(k, math.ceil(mean + 4 * math.sqrt(mean) + 8)))
+
+
+def _my_queries(a: Array, axis: str, count: int) -> Array:
+    """``[b, r]`` of each device to what all have for its part of the queries, ``[b', count r]``."""
+    b, r = a.shape
+    nothing = -jnp.inf if jnp.issubdtype(a.dtype, jnp.floating) else -1
+    a = jnp.pad(a, ((0, -b % count), (0, 0)), constant_values=nothing).reshape(count, -1, r)
+    return jax.lax.all_to_all(a, axis, 0, 0).transpose(1, 0, 2).reshape(-1, count * r)
+
+
+def _my_rows(a: Array, axis: str, count: int) -> Array:
+    """Undo :func:`_my_queries`, but for the padding."""
+    parts = a.reshape(a.shape[0], count, -1).transpose(1, 0, 2)
+    parts = jax.lax.all_to_all(parts, axis, 0, 0)
+    return parts.reshape(-1, parts.shape[2])
 
 
 def _rescored(

@@ -4,38 +4,62 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from avq_jax.checks import as_count, as_rows
-from avq_jax.loss import Threshold, Uniform, Weight, row_norms
-from avq_jax.mips.build import default_threshold
-from avq_jax.mips.index import Index, pack_ids
-from avq_jax.mips.learning import CENTROID_ETA, as_pytree, loss_terms, tree_sizes
-from avq_jax.mips.packing import pack_tree
-from avq_jax.mips.partition import (
-    _assign,
-    anisotropic_centroids,
-    k_means_step,
-    nearest_centroids,
-)
-from avq_jax.mips.rescoring import StoreType, check_store_type, store_rows
-from avq_jax.quantization import Codebook, decode, encode
+from avq_jax.checks import as_rows, is_traced
+from avq_jax.loss import Weight
+from avq_jax.mips.build import build_index, check_arguments
+from avq_jax.mips.index import Index
+from avq_jax.mips.learning import Workers, as_pytree, row_codes
+from avq_jax.mips.options import tree_options
+from avq_jax.mips.partition import assign_first, assign_second, k_means_step
+from avq_jax.mips.rescoring import StoreType
 from avq_jax.quantization.codebook import check_magnitude
 from avq_jax.quantization.sharded import fit_sharded
 
 __all__ = ["build_sharded"]
 
-_ROWS_PER_DEVICE = 1 << 15
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _run(function: Callable[..., Any], rows: Any, rest: Any, mesh: Mesh, axis: str) -> Array:
+    shared = PartitionSpec(axis)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(shared, PartitionSpec()),
+        out_specs=shared,
+        check_vma=False,
+    )(rows, rest)
+
+
+def _each_row(function: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., np.ndarray]:
+    """Run a function of (leaves that have rows, leaves that have none) where the rows lie."""
+    place = NamedSharding(mesh, PartitionSpec(axis))
+
+    def run(rows: Any, rest: Any) -> np.ndarray:
+        n = jax.tree.leaves(rows)[0].shape[0]
+        more = -n % mesh.shape[axis]
+
+        def put(a: Any) -> Array:
+            a = np.asarray(a)
+            return jax.device_put(np.pad(a, ((0, more),) + ((0, 0),) * (a.ndim - 1)), place)
+
+        found = _run(function, jax.tree.map(put, rows), jax.tree.map(np.asarray, rest), mesh, axis)
+        return np.asarray(multihost_utils.process_allgather(found, tiled=True))[:n]
+
+    return run
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _k_means(x: Array, centroids: Array, mesh: Mesh, axis: str) -> tuple[Array, Array]:
+def _k_means_step(x: Array, centroids: Array, mesh: Mesh, axis: str) -> tuple[Array, Array]:
     whole = PartitionSpec()
     return jax.shard_map(
         lambda x, c: k_means_step(x, c, axis),
@@ -46,24 +70,42 @@ def _k_means(x: Array, centroids: Array, mesh: Mesh, axis: str) -> tuple[Array, 
     )(x, centroids)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _leaves(x: Array, centroids: Array, mesh: Mesh, axis: str) -> Array:
-    shared = PartitionSpec(axis)
-    return jax.shard_map(
-        _assign, mesh=mesh, in_specs=(shared, PartitionSpec()), out_specs=shared, check_vma=False
-    )(x, centroids)
+def _first(rows: Any, centroids: Array) -> Array:
+    return assign_first(rows, centroids)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _codes(book: Codebook, residual: Array, terms: Any, mesh: Mesh, axis: str) -> Array:
-    shared = PartitionSpec(axis)
-    return jax.shard_map(
-        lambda book, residual, terms: encode(book, residual, **terms).codes,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), shared, shared),
-        out_specs=shared,
-        check_vma=False,
-    )(book, residual, terms)
+def _second(rows: Any, rest: Any) -> Array:
+    return assign_second(*rows, *rest)
+
+
+def _codes(rows: Any, codebook: Any) -> Array:
+    return row_codes(codebook, *rows)
+
+
+def _workers(mesh: Mesh, axis: str) -> Workers:
+    mesh = Mesh(mesh.devices, mesh.axis_names)  # without the explicit axes of jax.make_mesh
+    place = NamedSharding(mesh, PartitionSpec(axis))
+    first, second, codes = (_each_row(f, mesh, axis) for f in (_first, _second, _codes))
+
+    def step(x: Array, centroids: Array) -> tuple[Any, Any]:
+        shared = jax.device_put(np.asarray(x), place)
+        found = _k_means_step(shared, np.asarray(centroids), mesh, axis)
+        return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), found)
+
+    def fit(key: Array, x: Any, *, progress: Any, **options: Any) -> Any:
+        state, history = fit_sharded(key, x, mesh=mesh, axis=axis, **options)
+        # The codes stay where the rows are.
+        book = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), state.codebook)
+        return state._replace(codebook=book), history
+
+    return Workers(
+        step,
+        lambda x, centroids: first(x, centroids),
+        lambda x, leaves, *rest: second((x, leaves), rest),
+        lambda codebook, x, terms: codes((x, terms), codebook),
+        fit,
+        mesh.shape[axis],
+    )
 
 
 def build_sharded(
@@ -78,16 +120,23 @@ def build_sharded(
     num_codewords: int = 16,
     weight: Weight | None = None,
     ids: Any = None,
+    soar_lambda: float | Literal["auto"] | None = "auto",
+    spherical: bool = False,
+    num_groups: int | Literal["auto"] | None = "auto",
+    scanned_dim: int | None = None,
+    projection: Literal["pca", "prefix"] = "pca",
     leaves_to_search: int | None = None,
     rescore_dtype: StoreType | None = "float32",
-    num_iterations: int = 12,
+    num_iterations: int = 10,
     sample_size: int = 100_000,
+    progress: bool | None = False,
 ) -> Index:
     """Build the index of :func:`avq_jax.build`, k-means, codebooks and codes over a mesh axis.
 
     Centroids are added up by ``psum`` and codebooks by :func:`avq_jax.fit_sharded`; rows are
     assigned and encoded where they lie. The index is that of ``build`` up to the order of float
-    sums, as long as the sample is a multiple of the devices (else it is cut to one).
+    sums, as long as the sample and its half are multiples of the devices (else they are cut to
+    that). ``balance`` is left out: its leaves depend on all rows at once.
 
     Args:
       key: as of :func:`avq_jax.build`.
@@ -100,16 +149,24 @@ def build_sharded(
       num_codewords: as of :func:`avq_jax.build`.
       weight: as of :func:`avq_jax.build`.
       ids: as of :func:`avq_jax.build`.
+      soar_lambda: as of :func:`avq_jax.build`.
+      spherical: as of :func:`avq_jax.build`.
+      num_groups: as of :func:`avq_jax.build`.
+      scanned_dim: as of :func:`avq_jax.build`.
+      projection: as of :func:`avq_jax.build`.
       leaves_to_search: as of :func:`avq_jax.build`.
       rescore_dtype: as of :func:`avq_jax.build`.
       num_iterations: as of :func:`avq_jax.build`.
       sample_size: as of :func:`avq_jax.build`.
+      progress: show progress, and what was chosen.
 
     Returns:
       :class:`avq_jax.Index`, for :func:`avq_jax.shard` or any other use.
 
     Raises:
-      ValueError: as of :func:`avq_jax.build`; too few rows to learn codes from.
+      TypeError: as of :func:`avq_jax.build`.
+      ValueError: as of :func:`avq_jax.build`; an axis that the mesh does not have; too few
+        rows to learn codes from.
 
     >>> import avq_jax, jax
     >>> x = jax.random.normal(jax.random.key(0), (2000, 16))
@@ -117,108 +174,39 @@ def build_sharded(
     >>> build_sharded(jax.random.key(1), x, mesh=mesh, axis="rows", num_leaves=20).num_leaves
     20
     """
-    check_store_type(rescore_dtype)
-    as_count(num_iterations, name="num_iterations")
+    if is_traced(x):
+        raise TypeError("build_sharded is a host loop; call it outside jit")
+    check_arguments(key, metric, rescore_dtype, leaves_to_search)
     if axis not in mesh.shape:
         raise ValueError(f"axis must be one of {tuple(mesh.shape)}; got {axis!r}")
+    weight = None if weight is None else as_pytree(weight)
     x = np.asarray(as_rows(x, name="x"))
     check_magnitude(x)
-    n, d = x.shape
-    sizes = tree_sizes(
-        n, d, num_leaves or max(1, round(math.sqrt(n))), num_subspaces, num_codewords
-    )
-    if sizes is None:
-        raise ValueError(f"x has {n} rows, too few to learn codes from; use build")
-    leaves, m = sizes
-    words = None if ids is None else jnp.asarray(pack_ids(ids, n))
-    norms = np.asarray(row_norms(x))
-    if metric == "cosine":
-        x = x / np.where(norms > 0, norms, 1)[:, None]
-        norms = (norms > 0).astype(np.float32)
-    if weight is None:
-        T = default_threshold(norms, dim=d)
-        weight = Uniform() if metric == "l2" else Threshold(jnp.float32(T))
-    weight = as_pytree(weight)
-    terms = loss_terms(weight, norms, x, metric)
-    mesh = Mesh(mesh.devices, mesh.axis_names)  # without the explicit axes of jax.make_mesh
-    place = NamedSharding(mesh, PartitionSpec(axis))
-    devices = mesh.shape[axis]
-
-    # The draws of `build`, so that the same key gives the same index.
-    key_sample, key_tree, key_codes = jax.random.split(key, 3)
-    size = min(n, max(sample_size, 32 * leaves))
-    picked = np.sort(np.asarray(jax.random.choice(key_sample, n, (size,), replace=False)))
-    sample = x[picked[: size - size % devices]]
-    first = jax.random.choice(key_tree, len(sample), (leaves,), replace=False)
-    centroids = jnp.asarray(sample[np.asarray(first)])
-    shared = jax.device_put(sample, place)
-    previous = np.inf
-    for _ in range(num_iterations):
-        centroids, loss = _k_means(shared, centroids, mesh, axis)
-        if previous - float(loss) <= 1e-3 * float(loss):
-            break
-        previous = float(loss)
-    ranking = None
-    vectors = centroids
-    if metric != "l2" and leaves > 1:
-        # As `build` does; the sample is small enough for every host.
-        near = nearest_centroids(sample, centroids)
-        vectors = ranking = anisotropic_centroids(
-            jnp.asarray(sample), near, centroids, eta=CENTROID_ETA
-        )
-
-    step = _ROWS_PER_DEVICE * devices
-    step = min(step, -(-n // devices) * devices)
-
-    def chunks():
-        for begin in range(0, n, step):
-            yield np.arange(begin, begin + step).clip(max=n - 1), min(step, n - begin)
-
-    def put(a: Any) -> Array:
-        return jax.device_put(np.asarray(a), place)
-
-    leaf = np.empty(n, np.int32)
-    for i, count in chunks():
-        leaf[i[:count]] = np.asarray(_leaves(put(x[i]), vectors, mesh, axis))[:count]
-    if ranking is not None:
-        near = leaf[picked[: len(sample)]]
-        centroids = anisotropic_centroids(jnp.asarray(sample), near, centroids, eta=1.0)
-    center = np.asarray(centroids)
-    few = picked[:: -(-size // (sample_size // 2))]
-    few = few[: len(few) - len(few) % devices]
-    state, _ = fit_sharded(
-        key_codes,
-        x[few] - center[leaf[few]],
-        mesh=mesh,
-        axis=axis,
-        num_subspaces=m,
+    options = tree_options(
+        *x.shape,
+        metric=metric,
+        num_leaves=max(1, round(math.sqrt(len(x)))) if num_leaves is None else num_leaves,
+        num_subspaces=num_subspaces,
         num_codewords=num_codewords,
         num_iterations=num_iterations,
-        **terms(few),
+        sample_size=sample_size,
+        soar_lambda=soar_lambda,
+        spherical=spherical,
+        num_groups=num_groups,
+        scanned_dim=scanned_dim,
+        projection=projection,
     )
-    book = Codebook(jnp.asarray(np.asarray(state.codebook.codewords)), d)
-    codes = np.empty((n, m), np.uint8)
-    offset = np.empty(n, np.float32) if metric == "l2" else None
-    for i, count in chunks():
-        residual = x[i] - center[leaf[i]]
-        part = _codes(book, put(residual), jax.tree.map(put, terms(i)), mesh, axis)
-        codes[i[:count]] = np.asarray(part)[:count]
-        if offset is not None:
-            left = residual[:count] - np.asarray(decode(book, codes[i[:count]]))
-            mine = x[i[:count]]
-            offset[i[:count]] = np.sum(mine * left, axis=1) - 0.5 * np.sum(mine * mine, axis=1)
-    store = None
-    if rescore_dtype is not None:
-        store = store_rows(
-            x, rescore_dtype, None if metric == "l2" else terms(slice(None))["scaling"]
-        )
-    return Index(
-        tree=pack_tree(jnp.asarray(center), leaf, book, codes, offset, ranking=ranking),
-        store=store,
-        ids=words,
-        weight=weight,
+    if options is None:
+        raise ValueError(f"x has {len(x)} rows, too few to learn codes from; use build")
+    return build_index(
+        key,
+        x,
+        options,
         metric=metric,
-        num_rows=n,
-        dim=d,
-        leaves_to_search=leaves_to_search or max(1, min(leaves, max(8, math.ceil(leaves / 10)))),
+        weight=weight,
+        ids=ids,
+        leaves_to_search=leaves_to_search,
+        rescore_dtype=rescore_dtype,
+        workers=_workers(mesh, axis),
+        progress=progress,
     )

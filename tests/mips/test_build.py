@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import avq_jax
+from avq_jax.mips.options import tree_sizes
 from avq_jax.mips.packing import coded_rows
 from avq_jax.mips.partition import check_slots, lay_out, nearest_centroids
 from avq_jax.mips.rescoring import store_rows
@@ -161,9 +162,9 @@ class TestData:
 
     def test_more_leaves_than_rows(self):
         with pytest.warns(UserWarning, match="num_leaves = 99 is more than the 64 rows") as caught:
-            assert build_module.tree_sizes(64, 8, 99, None, 16) == (2, 4)
+            assert tree_sizes(64, 8, 99, None, 16) == (2, 4)
         assert len(caught) == 1
-        assert build_module.tree_sizes(64, 8, 64, 8, 16) == (64, 8)
+        assert tree_sizes(64, 8, 64, 8, 16) == (64, 8)
 
     @pytest.mark.full
     @pytest.mark.parametrize(("n", "d", "leaves"), [(64, 3, 64), (64, 3, 99), (50, 1, 2)])
@@ -242,7 +243,7 @@ class TestArguments:
     )
     def test_bad_argument_before_any_work(self, rows, monkeypatch, options, error, text):
         monkeypatch.setattr(build_module, "row_norms", None)
-        monkeypatch.setattr(build_module, "build_tree", None)
+        monkeypatch.setattr(build_module, "learn_tree", None)
         with pytest.raises(error, match=text):
             make(rows, **options)
 

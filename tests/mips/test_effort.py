@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import avq_jax
-from avq_jax.mips.learning import group_count
+from avq_jax.mips.options import group_count
 
 N, D, LEAVES, GROUPS = 1200, 10, 40, 6
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 import avq_jax
 from avq_jax.mips.packing import coded_rows
 from avq_jax.mips.rescoring import store_rows
+from avq_jax.mips.sharded import _share
 
 from .conftest import LEAVES, SIZES, D, N
 
@@ -76,12 +77,21 @@ def test_other_forms(index, rows, queries):
     assert (np.asarray(avq_jax.search_sharded(parts, queries[:2]).ids) == -1).all()
 
 
-def test_arguments(index, exact_indexes, queries):
+def test_arguments(index, exact_indexes, queries, rows):
     mesh = mesh_of(2)
+
+    def built(mesh, **options):
+        options = {"axis": "shards", **SIZES, **options}
+        return avq_jax.build_sharded(jax.random.key(0), rows, mesh=mesh, **options)
+
     parts = avq_jax.shard(index, mesh, axis="shards")
     for call, error in [
         (lambda: avq_jax.shard(exact_indexes["dot"], mesh, axis="shards"), "must have a tree"),
         (lambda: avq_jax.shard(index, mesh, axis="rows"), "axis must be one of"),
+        (lambda: built(mesh, axis="rows"), "axis must be one of"),
+        (lambda: built(mesh, soar_lambda=-1.0), "soar_lambda must be None or a finite number"),
+        (lambda: built(mesh, scanned_dim=D + 1), "scanned_dim must be at most the width of x"),
+        (lambda: built(mesh, num_groups=LEAVES + 1), "num_groups must be at most"),
         (lambda: avq_jax.search_sharded(parts, queries[:, :3]), f"as wide as .* {D}"),
         (lambda: avq_jax.search_sharded(parts, queries, k=5, rescore=3), "at least k = 5"),
         (lambda: avq_jax.search_sharded(parts, queries, queries_axis="shards"), "queries_axis"),
@@ -137,15 +147,35 @@ def test_two_processes(index, queries, tmp_path):
         np.testing.assert_array_equal(np.load(tmp_path / f"{i}.npy"), wanted.ids)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("metric", ["dot", "l2"])
-def test_sharded_build_is_that_of_one_device(indexes, rows, metric):
-    """k-means, normal equations and codes over eight devices, against `build`."""
-    one = indexes[metric]
-    many = avq_jax.build_sharded(
-        jax.random.key(0), rows, mesh=mesh_of(8), axis="shards", metric=metric, **SIZES
-    )
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scanned_dim": 8, "num_groups": 3, "soar_lambda": 1.0, "rescore_dtype": "int8"},
+        pytest.param({}, marks=pytest.mark.full),
+        pytest.param({"metric": "l2"}, marks=pytest.mark.full),
+        pytest.param({"metric": "cosine", "spherical": True}, marks=pytest.mark.full),
+        pytest.param({"metric": "l2", "soar_lambda": 1.0, "num_groups": 3}, marks=pytest.mark.full),
+        pytest.param(
+            {"metric": "l2", "scanned_dim": 8, "projection": "prefix"}, marks=pytest.mark.full
+        ),
+        pytest.param({"num_leaves": 1}, marks=pytest.mark.full),
+    ],
+)
+def test_sharded_build_is_that_of_one_device(rows, options, tmp_path):
+    """k-means, normal equations, both leaves and codes over eight devices, against `build`."""
+    metric, options = options.get("metric", "dot"), {**SIZES, **options}
+    if options.get("spherical"):
+        # A row of zeros is equally far from all centroids of length 1: rounding takes its leaf.
+        rows = np.where(rows.any(axis=1, keepdims=True), rows, np.float32(1))
+    one = avq_jax.build(jax.random.key(0), rows, **options)
+    many = avq_jax.build_sharded(jax.random.key(0), rows, mesh=mesh_of(8), axis="shards", **options)
+    assert str(many) == str(one)
     np.testing.assert_allclose(many.tree.centroids, one.tree.centroids, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(many.tree.ranking, one.tree.ranking, rtol=1e-4, atol=1e-4)
+    avq_jax.save(many, tmp_path / "a")
+    again = avq_jax.load(tmp_path / "a")
+    # Headers have the sha256 of every array.
+    assert avq_jax.to_arrays(again)[0] == avq_jax.to_arrays(many)[0]
     a, b = coded_rows(many.tree, N), coded_rows(one.tree, N)
     assert (a.leaves == b.leaves).mean() > 0.99
     np.testing.assert_allclose(
@@ -153,7 +183,7 @@ def test_sharded_build_is_that_of_one_device(indexes, rows, metric):
     )
     assert (a.codes == b.codes).mean() > 0.98
     if metric == "l2":
-        same = (a.codes == b.codes).all(axis=1) & (a.leaves == b.leaves)
+        same = (a.codes == b.codes).all(axis=-1) & (a.leaves == b.leaves)
         np.testing.assert_allclose(a.offset[same], b.offset[same], rtol=1e-3, atol=1e-2)
 
 
@@ -180,13 +210,14 @@ def test_sharded_learner_takes_the_same_steps(rows, m):
 
 
 @pytest.mark.full
-def test_rows_in_order_of_their_clusters(rows):
-    """All of the best rows lie on one device, which must be asked for more than its share."""
+def test_best_rows_all_on_one_device(rows):
+    """Every eighth row: their device must be asked for more than its share."""
     x = np.array(rows)
-    x[:75] = 5 * x[0] + x[:75] / 10
+    x[::8] = 5 * x[0] + x[::8] / 10
+    assert _share(70, 20, 8) < 70
     index = avq_jax.build(jax.random.key(0), x, **SIZES)
     options = {"k": 20, "leaves_to_search": LEAVES, "rescore": 70, "implementation": "xla"}
     parts = avq_jax.shard(index, mesh_of(8), axis="shards")
-    one = avq_jax.search(index, x[:6], **options)
-    assert (np.asarray(one.ids) < 75).all()
-    assert_same(avq_jax.search_sharded(parts, x[:6], **options), one)
+    one = avq_jax.search(index, x[:48:8], **options)
+    assert (np.asarray(one.ids) % 8 == 0).all()
+    assert_same(avq_jax.search_sharded(parts, x[:48:8], **options), one)

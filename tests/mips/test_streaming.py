@@ -49,7 +49,6 @@ def test_same_index_from_any_source(rows, tmp_path, metric):
             assert contents(tmp_path / name) == contents(tmp_path / "memmap")
     assert not list(tmp_path.glob("*.partial"))
     index = avq_jax.load(tmp_path / "memmap")
-    # All rows are the sample here, so `build` learns from the same ones, in another order.
     held = avq_jax.brute_force(rows[:50], rows, k=5, metric=metric)
     found = avq_jax.search(index, rows[:50], k=5, leaves_to_search=16, rescore=N)
     np.testing.assert_array_equal(found.ids, held.ids)
@@ -57,9 +56,39 @@ def test_same_index_from_any_source(rows, tmp_path, metric):
     assert avq_jax.user_ids(index, [7]).tolist() == [2**40 + 7]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scanned_dim": 8, "num_groups": 4, "spherical": True, "soar_lambda": 1.0},
+        pytest.param({"metric": "cosine", "rescore_dtype": "int8"}, marks=pytest.mark.full),
+        pytest.param({"metric": "l2", "soar_lambda": 1.0, "num_groups": 4}, marks=pytest.mark.full),
+        pytest.param(
+            {"metric": "l2", "scanned_dim": 8, "projection": "prefix"}, marks=pytest.mark.full
+        ),
+        pytest.param({"num_leaves": 1, "num_codewords": 40}, marks=pytest.mark.full),
+    ],
+)
+def test_the_index_of_build_where_all_rows_are_the_sample(rows, tmp_path, options):
+    write(rows, tmp_path / "a", **options)
+    loaded = avq_jax.load(tmp_path / "a")
+    small = {name: value for name, value in OPTIONS.items() if name != "chunk_rows"} | options
+    built = avq_jax.build(jax.random.key(3), rows, **small)
+    assert str(loaded) == str(built)
+    for one, two in zip(jax.tree.leaves(loaded), jax.tree.leaves(built), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-7)
+    queries = make_rows(50, D, seed=8)
+    for implementation in (None, "xla"):
+        search = {"k": 5, "leaves_to_search": 4, "implementation": implementation}
+        one, two = (avq_jax.search(index, queries, **search) for index in (loaded, built))
+        np.testing.assert_array_equal(one.ids, two.ids)
+
+
 @pytest.mark.full
 def test_codes_are_as_good_as_those_of_build(rows, tmp_path):
-    for options in ({"metric": "cosine", "rescore_dtype": "int8"}, {"soar_lambda": 1.0}):
+    """A sample of a third of the rows, which `build` draws in another way."""
+    plain = {"sample_size": 512}
+    kinds = {"metric": "cosine", "rescore_dtype": "int8"}, {"soar_lambda": 1.0}, {"scanned_dim": 9}
+    for options in (plain | kind for kind in kinds):
         write(rows, tmp_path / "a", **options)
         index = avq_jax.load(tmp_path / "a")
         small = {name: value for name, value in OPTIONS.items() if name != "chunk_rows"}
@@ -76,9 +105,16 @@ def test_codes_are_as_good_as_those_of_build(rows, tmp_path):
         assert recall[0] > recall[1] - 0.02, recall
 
 
-@pytest.mark.parametrize("chunk", [0, 1, 2])
-def test_goes_on_after_a_kill(rows, tmp_path, monkeypatch, chunk):
-    write(rows, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("chunk", "options"),
+    [
+        (0, {}),
+        (1, {"scanned_dim": 8, "num_groups": 4, "spherical": True, "soar_lambda": 1.0}),
+        (2, {}),
+    ],
+)
+def test_goes_on_after_a_kill(rows, tmp_path, monkeypatch, chunk, options):
+    write(rows, tmp_path / "whole", **options)
     encode, calls = streaming._encoded, []
 
     def dies(*args):
@@ -89,7 +125,7 @@ def test_goes_on_after_a_kill(rows, tmp_path, monkeypatch, chunk):
 
     monkeypatch.setattr(streaming, "_encoded", dies)
     with pytest.raises(KeyboardInterrupt):
-        write(rows, tmp_path / "a")
+        write(rows, tmp_path / "a", **options)
     assert not (tmp_path / "a").exists()
     work = tmp_path / "a.partial"
     assert json.loads((work / "journal.json").read_text())["rows"] == min(N, 512 * chunk)
@@ -100,7 +136,7 @@ def test_goes_on_after_a_kill(rows, tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(streaming, "_encoded", lambda *args: calls.append(1) or encode(*args))
     monkeypatch.setattr(streaming, "_learn", None)
     calls.clear()
-    write(rows, tmp_path / "a")
+    write(rows, tmp_path / "a", **options)
     assert len(calls) == 3 - chunk
     assert contents(tmp_path / "a") == contents(tmp_path / "whole")
     assert not work.exists()
@@ -115,6 +151,9 @@ def test_faults(rows, tmp_path, monkeypatch):
         (lambda: iter([]), {}, "at least one row"),
         (lambda: iter([rows, rows[:, :3]]), {}, "of one width"),
         (rows, {"ids": np.zeros(N, np.int64)}, "ids must be distinct"),
+        (rows, {"scanned_dim": D + 1}, f"scanned_dim must be at most the width of x, {D}"),
+        (rows, {"num_groups": 17}, "num_groups must be at most the number of leaves, 16"),
+        (rows, {"soar_lambda": -1.0}, "soar_lambda must be"),
     ]
     for source, options, error in sources:
         with pytest.raises(ValueError, match=error):
@@ -131,8 +170,16 @@ def test_faults(rows, tmp_path, monkeypatch):
         patch.setattr(streaming, "_encoded", None)
         with pytest.raises(TypeError):
             write(rows, tmp_path / "a")
-    with pytest.raises(ValueError, match=re.escape("other arguments; remove")):
-        write(rows, tmp_path / "a", num_leaves=8)
+    for other in (
+        {"num_leaves": 8},
+        {"soar_lambda": 1.0},
+        {"spherical": True},
+        {"num_groups": 2},
+        {"scanned_dim": 8},
+        {"projection": "prefix"},
+    ):
+        with pytest.raises(ValueError, match=re.escape("other arguments; remove")):
+            write(rows, tmp_path / "a", **other)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("mine")
     with pytest.raises(ValueError, match="holds 'notes'"):
