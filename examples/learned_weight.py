@@ -11,7 +11,16 @@ assignment, whose costs depend on T; the scores themselves are those of the hard
 steps of T, Lloyd's algorithm goes on with the weight reached.
 
 The sweep learns a codebook for each value of a grid, and for the values learned, all in one
-compiled program. All are judged by recall 1@1 and 1@10 of hard codes on other queries. RESULT
+compiled program. All are judged by recall 1@1 and 1@10 of hard codes on other queries.
+
+On 20,000 rows of GloVe (``glove6b-100``), 25 subspaces, 2500 queries to learn from and 2500 others,
+``--seeds 3`` ended at T = 0.209, 0.211, 0.220 from 0.05 and at 0.225, 0.238, 0.234 from 0.4, moving
+by less than 0.005 in the last ten of 60 steps (``learned_weight.json``). Recall 1@10, mean of the
+seeds: learned .681 and .678; best of the sweep .679 at T = 0.15, then .677 at 0.2; reconstruction
+(T = 0) .625. Recall 1@1: learned .275 and .276; best of the sweep .277 at T = 0.25; T = 0 .232. So
+the learned T matches the best of the sweep: the differences lie within the spread of seeds (about
+.01 to .02). It is not better, and the two starts stay .02 apart, where the surrogate is flat. The
+best T of the sweep is that of the test queries themselves. ``--weight power`` was not run so.
 
 Without a data set the rows are synthetic.
 """
