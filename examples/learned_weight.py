@@ -3,16 +3,26 @@
     python examples/learned_weight.py --dataset glove.hdf5
 
 The surrogate of recall is the cross-entropy of each training query's best row among its 64 best
-rows, scored by the quantized rows. T moves it in two ways. The codebook is the solution of the
+rows, scored by the quantized rows; its sharpness is learned with the parameter, by the same
+gradient. T (or p of ``--weight power``) moves it in two ways. The codebook is the solution of the
 joint system of section 7.5 for the present codes, differentiated implicitly: conjugate gradients
-run again on the cotangent (``lax.custom_linear_solve``). The codes are a soft assignment, whose
-costs depend on T. Between steps of T, Lloyd's algorithm goes on with the weight reached.
+run again on the cotangent (``lax.custom_linear_solve``). The codes have the derivative of a soft
+assignment, whose costs depend on T; the scores themselves are those of the hard codes. Between
+steps of T, Lloyd's algorithm goes on with the weight reached.
 
-The sweep learns a codebook for each T of a grid, all in one compiled program. Both are judged by
-recall 1@1 and 1@10 of hard codes on other queries. Without a data set the rows are synthetic.
+The sweep learns a codebook for each value of a grid, and for the values learned, all in one
+compiled program. All are judged by recall 1@1 and 1@10 of hard codes on other queries.
 
-Of real data only the sweep and the first step of the learner have been run: whether it reaches the
-best T of the sweep is not known.
+On 20,000 rows of GloVe (``glove6b-100``), 25 subspaces, 2500 queries to learn from and 2500 others,
+``--seeds 3`` ended at T = 0.209, 0.211, 0.220 from 0.05 and at 0.225, 0.238, 0.234 from 0.4, moving
+by less than 0.005 in the last ten of 60 steps (``learned_weight.json``). Recall 1@10, mean of the
+seeds: learned .681 and .678; best of the sweep .679 at T = 0.15, then .677 at 0.2; reconstruction
+(T = 0) .625. Recall 1@1: learned .275 and .276; best of the sweep .277 at T = 0.25; T = 0 .232. So
+the learned T matches the best of the sweep: the differences lie within the spread of seeds (about
+.01 to .02). It is not better, and the two starts stay .02 apart, where the surrogate is flat. The
+best T of the sweep is that of the test queries themselves. ``--weight power`` was not run so.
+
+Without a data set the rows are synthetic.
 """
 
 import argparse
@@ -28,6 +38,14 @@ import optax
 import avq_jax
 
 FIT = {"num_codewords": 16, "num_iterations": 10}
+FAMILIES = {
+    "threshold": (
+        avq_jax.Threshold,
+        [0.05, 0.4],
+        [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4],
+    ),
+    "power": (avq_jax.Power, [0.5, 16.0], [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0]),
+}
 
 
 def load(path, rows, queries, seed=0):
@@ -43,6 +61,8 @@ def load(path, rows, queries, seed=0):
         from avq_jax.evaluation import read_hdf5
 
         data = read_hdf5(path)
+        if 2 * queries > len(data.test):
+            raise ValueError(f"--queries must be at most {len(data.test) // 2}; got {queries}")
         x = data.train[np.sort(draw.choice(len(data.train), rows, replace=False))]
         q = data.test[: 2 * queries]
     x, q = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, q))
@@ -50,107 +70,136 @@ def load(path, rows, queries, seed=0):
     return x, q[:queries], q[queries:]
 
 
-def scaling_of(T, x):
-    return avq_jax.scaling(avq_jax.Threshold(T), jnp.linalg.norm(x, axis=1), dim=x.shape[1])
+def scaling_of(weight, x):
+    return avq_jax.scaling(weight, jnp.linalg.norm(x, axis=1), dim=x.shape[1])
 
 
 def recalls(x_tilde, queries, best):
     """Recall 1@1 and 1@10 of quantized rows."""
     found = jax.lax.top_k(queries @ x_tilde.T, 10)[1]
     hit = found == best[:, None]
-    return jnp.mean(hit[:, 0]), jnp.mean(jnp.any(hit, axis=1))
+    return jnp.stack([jnp.mean(hit[:, 0]), jnp.mean(jnp.any(hit, axis=1))])
 
 
 @functools.partial(jax.jit, static_argnames="m")
-def sweep(key, x, queries, best, grid, *, m):
-    """Recalls at every T of a grid: learning and coding under vmap."""
+def sweep(key, x, queries, best, weights, *, m):
+    """Recalls under every weight of a batch: learning and coding under vmap."""
 
-    def one(T):
-        state, _ = avq_jax.fit(key, x, scaling_of(T, x), num_subspaces=m, **FIT)
+    def one(weight):
+        state, _ = avq_jax.fit(key, x, scaling_of(weight, x), num_subspaces=m, **FIT)
         return recalls(avq_jax.decode(state.codebook, state.codes), queries, best)
 
-    return jax.vmap(one)(grid)
+    return jax.vmap(one)(weights)
 
 
-def surrogate(log_T, state, x, queries, candidates, temperature, sharpness):
+def surrogate(params, state, x, queries, candidates, temperature, *, family):
     """Cross-entropy of the best row among candidates ``[b, c]``, the best first."""
-    scaling = scaling_of(jnp.exp(log_T), x)
-    # Theorem 4.2 / section 7.5 for fixed codes: implicit in T.
+    scaling = scaling_of(family(jnp.exp(params["log value"])), x)
+    # Theorem 4.2 / section 7.5 for fixed codes: implicit in the weight.
     book = avq_jax.solve_codebook(state.codebook, x, state.codes, scaling)
     soft = avq_jax.soft_quantize(book, x, scaling, temperature=temperature)
-    scores = jnp.einsum("bd,bcd->bc", queries, soft[candidates])
-    return -jnp.mean(jax.nn.log_softmax(sharpness * scores, axis=1)[:, 0])
+    hard = avq_jax.quantize(*jax.lax.stop_gradient((book, x, scaling))).x_tilde
+    # The value of the hard codes, the derivative of the soft ones.
+    rows = soft + jax.lax.stop_gradient(hard - soft)
+    scores = jnp.einsum("bd,bcd->bc", queries, rows[candidates])
+    return -jnp.mean(jax.nn.log_softmax(jnp.exp(params["log sharpness"]) * scores, axis=1)[:, 0])
 
 
-@functools.partial(jax.jit, static_argnames="optimizer")
-def learn_step(log_T, moments, state, x, queries, candidates, *, optimizer, settings):
-    value, slope = jax.value_and_grad(surrogate)(log_T, state, x, queries, candidates, *settings)
+@functools.partial(jax.jit, static_argnames=("optimizer", "family"))
+def learn_step(params, moments, state, x, queries, candidates, temperature, *, optimizer, family):
+    value, slope = jax.value_and_grad(surrogate)(
+        params, state, x, queries, candidates, temperature, family=family
+    )
     updates, moments = optimizer.update(slope, moments)
-    return optax.apply_updates(log_T, updates), moments, value, slope
+    return optax.apply_updates(params, updates), moments, value
+
+
+def learn(key, x, queries, candidates, start, *, family, arguments):
+    """The parameter from one start, with its history.
+
+    A surrogate that is not finite raises ``FloatingPointError`` with the step; its ``params``
+    attribute is the last good state.
+    """
+    params = {"log value": jnp.log(jnp.float32(start)), "log sharpness": jnp.log(jnp.float32(20))}
+    scaling = scaling_of(family(start), x)
+    state, _ = avq_jax.fit(
+        key, x, scaling, num_subspaces=arguments.subspaces, progress=False, **FIT
+    )
+    optimizer = optax.adam(optax.cosine_decay_schedule(arguments.rate, arguments.steps))
+    moments, history = optimizer.init(params), []
+    for i in range(arguments.steps):
+        new, moments, value = learn_step(
+            params,
+            moments,
+            state,
+            x,
+            queries,
+            candidates,
+            arguments.temperature,
+            optimizer=optimizer,
+            family=family,
+        )
+        if not np.isfinite(value) or not all(np.isfinite(v) for v in new.values()):
+            error = FloatingPointError(f"the surrogate became {value}, or its slope, at step {i}")
+            error.params = params
+            raise error
+        params = new
+        value_now = jnp.exp(params["log value"])
+        state = avq_jax.lloyd_update(state, x, scaling_of(family(value_now), x))
+        history.append([float(value_now), float(jnp.exp(params["log sharpness"])), float(value)])
+    return history
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dataset", help="ann-benchmarks HDF5 file")
     parser.add_argument("--output", help="write the results as JSON")
+    parser.add_argument("--weight", choices=FAMILIES, default="threshold")
     for name, value in (
-        ("rows", 4000),
-        ("queries", 400),
-        ("subspaces", 16),
-        ("steps", 40),
-        ("start", 0.05),
-        ("rate", 0.1),
-        ("temperature", 0.01),
-        ("sharpness", 20.0),
+        ("rows", 20_000),
+        ("queries", 2500),
+        ("subspaces", 25),
+        ("steps", 60),
+        ("seeds", 1),
+        ("rate", 0.15),
+        ("temperature", 0.002),
     ):
         parser.add_argument(f"--{name}", type=type(value), default=value)
     arguments = parser.parse_args(argv)
-    m, key = arguments.subspaces, jax.random.key(0)
+    family, starts, grid = FAMILIES[arguments.weight]
     x, training, test = load(arguments.dataset, arguments.rows, arguments.queries)
     candidates = avq_jax.brute_force(training, x, k=64).ids
     best = avq_jax.brute_force(test, x, k=1).ids[:, 0]
-
-    grid = jnp.array([0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4], jnp.float32)
-    begin = time.perf_counter()
-    swept = np.stack(sweep(key, x, test, best, grid, m=m), axis=1)
-    print(f"sweep of {len(grid)} T in one program, {time.perf_counter() - begin:.1f} s")
-    for T, (first, tenth) in zip(grid.tolist(), swept, strict=True):
-        print(f"  T = {T:.2f}: recall 1@1 {first:.3f}, 1@10 {tenth:.3f}")
-
-    log_T = jnp.log(jnp.float32(arguments.start))
-    scaling = scaling_of(arguments.start, x)
-    state, _ = avq_jax.fit(key, x, scaling, num_subspaces=m, progress=False, **FIT)
-    optimizer = optax.adam(arguments.rate)
-    moments, history = optimizer.init(log_T), []
-    settings = arguments.temperature, arguments.sharpness
-    for i in range(arguments.steps):
-        log_T, moments, value, slope = learn_step(
-            log_T, moments, state, x, training, candidates, optimizer=optimizer, settings=settings
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("dataset", "output")}
+    report: dict = {"settings": settings, "grid": grid, "starts": starts, "runs": []}
+    for seed in range(arguments.seeds):
+        key, run = jax.random.key(seed), {"learned": [], "history": []}
+        for start in starts:
+            begin = time.perf_counter()
+            history = learn(key, x, training, candidates, start, family=family, arguments=arguments)
+            value, sharpness, loss = history[-1]
+            moved = value - history[-10:][0][0]
+            print(
+                f"seed {seed}: from {start} to {value:.3f}, {moved:+.3f} in the last ten steps; "
+                f"surrogate {history[0][2]:.4f} to {loss:.4f}, sharpness {sharpness:.1f}, "
+                f"{time.perf_counter() - begin:.0f} s"
+            )
+            run["learned"].append(value)
+            run["history"].append([[float(f"{v:.5g}") for v in h] for h in history])
+        weights = family(jnp.array([*grid, *run["learned"]], jnp.float32))
+        run["recall 1@1, 1@10"] = np.asarray(
+            sweep(key, x, test, best, weights, m=arguments.subspaces)
+        ).tolist()
+        report["runs"].append(run)
+    table = np.array([run["recall 1@1, 1@10"] for run in report["runs"]])
+    names = [f"{v:g}" for v in grid] + [f"learned from {v:g}" for v in starts]
+    for name, values in zip(names, table.swapaxes(0, 1), strict=True):
+        spread = np.ptp(values, axis=0)
+        print(
+            f"  {name:18} 1@1 {values[:, 0].mean():.4f} ({spread[0]:.4f})"
+            f"  1@10 {values[:, 1].mean():.4f} ({spread[1]:.4f})"
         )
-        if not np.isfinite(value):
-            raise FloatingPointError(f"the surrogate became {value} at step {i}")
-        state = avq_jax.lloyd_update(state, x, scaling_of(jnp.exp(log_T), x))
-        history.append({"T": float(jnp.exp(log_T)), "surrogate": float(value)})
-        if i % 5 == 0 or i == arguments.steps - 1:
-            print(f"step {i}: T = {history[-1]['T']:.3f}, surrogate {value:.4f}, d {slope:.4f}")
-    learned = np.stack(sweep(key, x, test, best, jnp.exp(log_T)[None], m=m), axis=1)[0]
-    print(f"learned T = {jnp.exp(log_T):.3f}: recall 1@1 {learned[0]:.3f}, 1@10 {learned[1]:.3f}")
     if arguments.output:
-        report = {
-            "settings": {
-                k: v for k, v in vars(arguments).items() if k not in ("dataset", "output")
-            },
-            "sweep": [
-                {"T": T, "1@1": float(r[0]), "1@10": float(r[1])}
-                for T, r in zip(grid.tolist(), swept, strict=True)
-            ],
-            "history": history,
-            "learned": {
-                "T": float(jnp.exp(log_T)),
-                "1@1": float(learned[0]),
-                "1@10": float(learned[1]),
-            },
-        }
         with open(arguments.output, "w") as file:
             file.write(json.dumps(report, indent=1) + "\n")
 

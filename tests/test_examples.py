@@ -1,15 +1,20 @@
 """Every example runs at small size."""
 
+import argparse
 import importlib.util
 from pathlib import Path
 
 import jax
+import numpy as np
+import optax
 import pytest
+
+import avq_jax
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
-    "two_tower": ["--epochs", "1", "--more", "1", "--width", "8", "--subspaces", "2"],
-    "learned_weight": ["--steps", "1", "--rows", "200", "--queries", "16"],
+    "two_tower": ["--epochs", "2", "--warm", "1", "--width", "8", "--subspaces", "2", "--decays=1"],
+    "learned_weight": ["--steps", "2", "--rows", "200", "--queries", "16", "--subspaces", "8"],
 }
 
 
@@ -22,12 +27,69 @@ def test_every_example_is_run():
     assert found == set(SMALL) | ELSEWHERE
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", SMALL)
-def test_runs(name, capsys):
+def example(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def promoting():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        module.main(SMALL[name])
+        yield
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", SMALL)
+def test_runs(name, capsys, promoting):
+    example(name).main(SMALL[name])
     assert capsys.readouterr().out
+
+
+def test_two_tower_keeps_the_last_interactions_from_training():
+    module = example("two_tower")
+    users = np.array([0, 1, 0, 0, 1, 1, 0])
+    items = np.array([3, 0, 1, 2, 4, 2, 0])
+    data = module.split(users, items)
+    assert data.test.item.tolist() == [0, 2]
+    assert data.validation.item.tolist() == [2, 4]
+    assert sorted(data.train.item.tolist()) == [0, 1, 3]
+    # The latest comes first, and nothing from an interaction on.
+    assert data.test.recent[0, :4].tolist() == [2, 1, 3, 5]
+    assert data.validation.recent[0, :3].tolist() == [1, 3, 5]
+    assert np.flatnonzero(data.seen["validation"][0]).tolist() == [1, 3]
+    assert np.flatnonzero(data.seen["test"][0]).tolist() == [1, 2, 3]
+
+
+def test_two_tower_counts_hits_among_items_not_seen():
+    module = example("two_tower")
+    scores, seen = np.array([[4.0, 3.0, 2.0, 1.0]]), np.array([[True, False, False, False]])
+    found = [bool(module.hits(scores, np.array([i]), seen, k=2)[0]) for i in (1, 2, 3)]
+    assert found == [True, True, False]
+
+
+def test_two_tower_stops_at_a_loss_that_is_not_finite(promoting):
+    module = example("two_tower")
+    data = module.split(*module.interactions(None))
+    start = module.initial(jax.random.key(0), data.shape, 4)
+    optimizer = optax.chain(optax.sgd(1.0), optax.scale_by_schedule(lambda i: 1e30 * (i == 2)))
+    epochs = module.train(
+        start, data.train, loss=module.float_loss, epochs=5, optimizer=optimizer, seed=0
+    )
+    good = [next(epochs) for _ in range(3)]  # a step each
+    with pytest.raises(FloatingPointError, match="the loss became nan at step 3"):
+        next(epochs)
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(good))
+
+
+@pytest.mark.full
+def test_learned_weight_stops_with_the_last_good_parameters(promoting):
+    module = example("learned_weight")
+    x, queries, _ = module.load(None, 100, 8)
+    candidates = avq_jax.brute_force(queries, x, k=16).ids
+    arguments = argparse.Namespace(subspaces=8, steps=3, rate=1e3, temperature=0.002)
+    options = {"family": avq_jax.Threshold, "arguments": arguments}
+    with pytest.raises(FloatingPointError, match=r"at step \d") as caught:
+        module.learn(jax.random.key(0), x, queries, candidates, 0.1, **options)
+    assert all(np.isfinite(v) for v in caught.value.params.values())

@@ -90,7 +90,8 @@ def quantize(
         each subspace.
 
     Returns:
-      :class:`Quantized`. Gradients are finite at zero rows and at ties.
+      :class:`Quantized`. Gradients are finite at zero rows and at ties. A row that is not finite
+      has NaN in its losses, a codeword that is not finite in all rows and losses.
 
     Raises:
       TypeError: not a Codebook, a scaling that is not a Scaling.
@@ -117,7 +118,9 @@ def quantize(
 @functools.partial(jax.jit, static_argnames=("estimator", "num_sweeps"))
 def _quantize(codebook: Codebook, rows: Rows, estimator: str, num_sweeps: int) -> Quantized:
     codes = _codes(codebook, rows, num_sweeps)
-    picked = decode(codebook, codes)
+    # A codeword that is not finite is chosen by no row, or ends the search: it must show.
+    whole = jnp.all(jnp.isfinite(codebook.codewords))
+    picked = decode(codebook, codes) + jnp.where(whole, jnp.float32(0), jnp.nan)
     still = jax.lax.stop_gradient((rows, picked))
     moved = rows.x if estimator == "straight-through" else _rotated(rows.x, still[1])
     along = still[0].x if rows.direction is None else still[0].direction
