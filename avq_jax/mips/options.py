@@ -128,7 +128,7 @@ def tree_options(
         num_groups,
         None if scanned_dim is None else width,
         cast("Method", projection),
-        kind,
+        cast("Codec", codec),
     )
 
 

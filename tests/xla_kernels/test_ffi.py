@@ -148,6 +148,11 @@ GOOD = {
             "tiles": ((1, 4, 16, 2), S16),
             "centroid_scale": ((), F32),
             "leaf_offset": ((3,), F32),
+            "spread": ((3,), F32),
+            "group_tiles": ((0, 4, 16, 2), S16),
+            "group_scale": ((), F32),
+            "group_offset": ((0,), F32),
+            "group_starts": ((0,), I32),
             "starts": ((4,), I32),
             "codewords": ((4, 2, 16), F32),
             "codes": ((2, 1, 64), U8),
@@ -156,12 +161,16 @@ GOOD = {
             "usable": ((1, 64), PRED),
             "rows": ((40, 8), S8),
             "row_scale": ((40,), F32),
+            "row_queries": ((2, 0), F32),
         },
         {"scores": ((2, 3), F32), "ids": ((2, 3), I32)},
         {
             "layout": np.int32(1),
             "leaves_to_search": np.int64(2),
+            "leaves_ranked": np.int64(3),
+            "deviations": np.float32(3),
             "rescore": np.int64(5),
+            "retrieve": np.int64(5),
             "euclidean": np.bool_(False),
         },
     ),
@@ -231,6 +240,10 @@ BAD = {
         {"centroids": (4, 8)},
         {"tiles": (2, 4, 16, 2)},
         {"leaf_offset": (2,)},
+        {"spread": (2,)},
+        {"group_scale": (1,)},
+        {"group_starts": (3,)},  # zeros do not rise to the number of leaves
+        {"group_starts": (1, 3)},
         {"starts": (3,)},
         {"codewords": (3, 2, 16)},
         {"codewords": (4, 2, 17)},
@@ -247,6 +260,10 @@ BAD = {
         {"ids": (2, 4)},
         {"layout": np.int32(-1)},
         {"leaves_to_search": np.int64(0)},
+        {"leaves_ranked": np.int64(0)},
+        {"deviations": np.float32(-1)},
+        {"row_queries": (3, 0)},
+        {"row_queries": (2, 9)},
         {"rescore": np.int64(2)},
     ],
 }
@@ -274,8 +291,9 @@ def changes(target):
         yield {name: (*shape, 1)}
         yield {name: jnp.dtype("float16")}
         yield {name: jnp.dtype("int32" if dtype != I32 else "uint32")}
-    for name in attributes:
-        yield {name: np.float32(0.5)}  # equal numbers of another type would share a program
+    for name, value in attributes.items():
+        # Equal numbers of another type would share a program.
+        yield {name: np.int32(7) if isinstance(value, np.floating) else np.float32(0.5)}
     yield from BAD[target]
 
 

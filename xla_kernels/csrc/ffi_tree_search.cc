@@ -57,10 +57,12 @@ ffi::Error TreeSearch(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries,
   XLA_KERNELS_REQUIRE(group_starts.dimensions().size() == 1,
                       "group_starts must be int32[G + 1], got " + shape_of(group_starts));
   a.num_groups = std::max<int64_t>(group_starts.dimensions()[0] - 1, 0);
+  XLA_KERNELS_CHECK(check_shape(group_tiles, {(a.num_groups + 15) / 16, (a.dim + 1) / 2, 16, 2},
+                                false, "group_tiles"));
+  XLA_KERNELS_CHECK(check_shape(group_offset, {a.num_groups}, true, "group_offset"));
+  XLA_KERNELS_REQUIRE(group_offset.dimensions().size() == 1,
+                      "group_offset must be float32[G or 0], got " + shape_of(group_offset));
   if (a.num_groups > 0) {
-    XLA_KERNELS_CHECK(check_shape(group_tiles, {(a.num_groups + 15) / 16, (a.dim + 1) / 2, 16, 2},
-                                  false, "group_tiles"));
-    XLA_KERNELS_CHECK(check_shape(group_offset, {a.num_groups}, true, "group_offset"));
     const int32_t* from = group_starts.typed_data();
     bool whole = from[0] == 0 && from[a.num_groups] == a.num_leaves;
     for (int64_t g = 0; g < a.num_groups; ++g) whole = whole && from[g] <= from[g + 1];

@@ -72,7 +72,7 @@ def tree_search(
         return (scores.reshape(size, b, k), ids.reshape(size, b, k)), (True, True)
 
     groups: tuple = (
-        jnp.zeros((0, 0, 16, 2), jnp.int16), jnp.float32(1), empty, jnp.zeros(0, jnp.int32)
+        jnp.zeros((0, (tree.centroids.shape[1] + 1) // 2, 16, 2), jnp.int16), jnp.float32(1), empty, jnp.zeros(0, jnp.int32)
     )  # fmt: skip
     if tree.groups is not None:
         g = tree.groups
