@@ -71,9 +71,9 @@ def tree_search(
         scores, ids = call(queries, row_queries, usable, rest)
         return (scores.reshape(size, b, k), ids.reshape(size, b, k)), (True, True)
 
-    groups: tuple = (
-        jnp.zeros((0, (tree.centroids.shape[1] + 1) // 2, 16, 2), jnp.int16), jnp.float32(1), empty, jnp.zeros(0, jnp.int32)
-    )  # fmt: skip
+    pairs = (tree.centroids.shape[1] + 1) // 2
+    tiles = jnp.zeros((0, pairs, 16, 2), jnp.int16)
+    groups: tuple = (tiles, jnp.float32(1), empty, jnp.zeros(0, jnp.int32))
     if tree.groups is not None:
         g = tree.groups
         groups = (g.tiles, g.scale, g.offset, g.starts)
