@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo       learn, index and search real word vectors (about 2 minutes)"
 	@echo "make test       lint, types and the test suite (about 8 minutes on two cores)"
-	@echo "make test-full  the longer tests, compiled as users compile"
-	@echo "make test-optimized  the test suite of make test, compiled so too"
+	@echo "make test-full  the longer tests, and some compiled as users compile"
+	@echo "make test-optimized  the test suite of make test, all of it compiled so"
 	@echo "make test-models  the layers in flax and equinox, and every notebook"
 	@echo "make lint       lint and types alone"
 	@echo "make sanitize   random shapes through the C++ core under ASan and UBSan"
@@ -47,10 +47,14 @@ lint: $(VENV)/.test
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full" --durations 10
 
-# The longer tests run what users run: programs compiled with the compiler's default settings
-# (tests/conftest.py), which the short suite does without; test-optimized runs that too so.
+# Tests compile without optimization (tests/conftest.py), which takes a third of the time. What
+# users run, programs compiled with the compiler's default settings, is tested here on the parts
+# whose numbers depend on it most, and on everything by test-optimized.
+OPTIMIZED := tests/loss/test_theorems.py tests/mips/test_search.py \
+	tests/xla_kernels/test_tree_search.py tests/quantization/test_lloyd.py
 test-full: $(VENV)/.test
-	AVQ_TEST_COMPILE=default $(BIN)/python -m pytest -n 2 --dist loadfile -m full --durations 10
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m full --durations 10
+	AVQ_TEST_COMPILE=default $(BIN)/python -m pytest -n 2 --dist loadfile -m "not full" $(OPTIMIZED)
 
 test-optimized: $(VENV)/.test
 	AVQ_TEST_COMPILE=default $(BIN)/python -m pytest -n 2 --dist loadfile -m "not full"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import UInt32
+from jaxtyping import Int64, UInt32
 
 from avq_jax.mips.projection import project
 from avq_jax.quantization import AdditiveCodebook, Codebook
