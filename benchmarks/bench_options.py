@@ -50,7 +50,7 @@ def main(argv=None):
         return index
 
     usual = build("default")
-    many = build("groups", num_leaves=args.many_leaves)
+    many = build("groups", num_leaves=args.many_leaves, num_groups=round(args.many_leaves**0.5))
     indexes = {
         "default": (usual, PLAIN),
         "adaptive": (usual, ADAPTIVE),

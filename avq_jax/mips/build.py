@@ -105,7 +105,7 @@ def build(
         without, leaves are ranked by Theorem 4.2 and rows coded from the means.
       num_groups: G groups of neighbouring leaves, an upper level of the tree: a query ranks the
         groups, and then the leaves of the best of them, sixteen times as many as it probes.
-        ``None`` ranks all leaves; ``"auto"`` takes sqrt(L) groups from 4,096 leaves on.
+        ``None`` ranks all leaves; ``"auto"`` takes sqrt(L) groups from 16,384 leaves on.
       scanned_dim: p; leaves and codes are of a projection of the rows to p dimensions, which makes
         ranking and scanning cheaper and codes finer, while rescoring has the whole rows. Rows are
         lengthened inside the projection such that the score-aware loss is that of the whole rows.

@@ -116,8 +116,8 @@ class TestGroups:
         assert share(found, avq_jax.search(grouped, data[1], **options)) > 0.97
 
     def test_counts(self, data):
-        assert group_count("auto", 4095) is None
-        assert group_count("auto", 4096) == 64
+        assert group_count("auto", 16383) is None
+        assert group_count("auto", 16384) == 128
         for bad in (LEAVES + 1, 0):
             with pytest.raises(ValueError, match="num_groups"):
                 avq_jax.build(
