@@ -51,6 +51,7 @@ def main():
         plain = avq_jax.search(index, queries, **options)
         us = cpu_us(lambda options=options: avq_jax.search(index, queries, **options), count)
         found.append({**options, "search_cpu_us": us, "shards": []})
+        first, base = np.zeros(0), 1.0
         for shards in SHARDS:
             mesh = Mesh(np.array(jax.devices()[:shards]), ("shards",))
             parts = avq_jax.shard(index, mesh, axis="shards")

@@ -2,6 +2,9 @@
 
 import ast
 import inspect
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -112,3 +115,18 @@ def test_public_names_are_documented(name):
 def test_public_names_are_sorted_and_exist():
     assert list(avq_jax.__all__) == sorted(avq_jax.__all__)
     assert all(hasattr(avq_jax, name) for name in avq_jax.__all__)
+
+
+def test_no_name_is_undefined():
+    # Off in the linter and the type checker, which take the axes of a shape, "n" or "*rest", for
+    # names. All others must exist.
+    ruff = shutil.which("ruff") or shutil.which("ruff", path=str(Path(sys.executable).parent))
+    if ruff is None:
+        pytest.skip("needs ruff (avq-jax[test])")
+    places = ["avq_jax", "xla_kernels", "benchmarks", "examples", "tests"]
+    found = subprocess.run(
+        [ruff, "check", "--select", "F821", "--output-format", "concise", "--exit-zero", *places],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    names = re.findall(r"^(\S+): F821 .*`(\w+)`", found, re.MULTILINE)
+    assert [place for place, name in names if not re.fullmatch("[a-z]|rest", name)] == []
