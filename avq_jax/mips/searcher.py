@@ -85,7 +85,8 @@ def effort_of(
     if overretrieve is not None:
         if not (_is_number(overretrieve) and 1 <= overretrieve < math.inf):
             raise ValueError(f"overretrieve must be None or a number >= 1; got {overretrieve!r}")
-        retrieve = math.ceil(overretrieve * rescore)
+        slots = 0 if index.tree is None else index.tree.packed.slot_rows.shape[0]
+        retrieve = max(rescore, math.ceil(min(overretrieve * rescore, slots)))
     return Effort(k, leaves, rescore, implementation, adaptive, retrieve)
 
 
@@ -193,9 +194,12 @@ _as_arrays = jax.jit(lambda result: result)
 
 def _few_from_host(index: Index, queries: np.ndarray, settings: tuple) -> SearchResult | None:
     """Search eagerly without JAX's dispatch, which takes longer than a search."""
-    if not all(value is None or type(value) in (int, float) for value in settings):
-        return None
     k, leaves, rescore, *rest = settings
+    # By type: 3.0 equals 3, and must not find what is kept for it.
+    if not all(value is None or type(value) is int for value in (k, leaves, rescore)):
+        return None
+    if not all(value is None or type(value) in (int, float) for value in rest):
+        return None
     find = bound(index, settings, lambda: effort_of(index, k, leaves, rescore, None, *rest))
     if find is None:
         return None

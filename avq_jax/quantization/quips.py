@@ -13,7 +13,7 @@ comes from the rows themselves (`"cov_x"`) or from a sample of queries (`"cov_q"
 
 where E, the loss of the `"cov_q"` codebook that the descent starts from, makes the penalty a plain
 number. Steps alternate: rows to their nearest codewords; the most violated constraints of each
-query; gradient steps of the codewords. Here the paper leaves open, and this module chooses: the
+query; gradient steps of the codewords. Choices of this module, not claims about the paper: the
 constraints move codewords alone and never pick codes, so that `encode` gives new rows what it gave
 the learning rows; the units above; Adam; and a ridge on singular moments.
 """

@@ -218,6 +218,13 @@ class TestOverretrieve:
         again = avq_jax.search(spilled, data[1], overretrieve=2.0, **options)
         np.testing.assert_array_equal(found.ids, again.ids)
 
+    @pytest.mark.parametrize("query", [0, slice(0, 20)], ids=["few", "batch"])
+    def test_far_more_than_there_are_is_all(self, spilled, data, query):
+        options = {"k": 10, "leaves_to_search": LEAVES, "rescore": 20}
+        found = avq_jax.search(spilled, data[1][query], overretrieve=1e300, **options)
+        again = avq_jax.search(spilled, data[1][query], overretrieve=1e6, **options)
+        np.testing.assert_array_equal(found.ids, again.ids)
+
     @pytest.mark.parametrize("bad", [0.5, float("inf")], ids=str)
     def test_bad(self, spilled, data, bad):
         with pytest.raises(ValueError, match="overretrieve must be None or a number >= 1"):

@@ -312,3 +312,12 @@ def test_few_queries_from_the_host_skip_dispatch_and_agree(indexes, queries, met
         avq_jax.search(index, q[0], k=0)
     with pytest.raises(ValueError, match=str(index.dim)):
         avq_jax.search(index, q[0, :-1], k=4)
+
+
+def test_a_float_that_equals_an_integer_is_refused_also_after_it(index, queries):
+    few = np.array(queries[:2])
+    avq_jax.search(index, few, k=3)
+    # Past the types that tests check at run time, as a user's call is.
+    search_ = getattr(avq_jax.search, "__wrapped__", avq_jax.search)
+    with pytest.raises(TypeError):
+        search_(index, few, k=3.0)
