@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full test-optimized test-models lint sanitize aot readme notebooks docs clean help
+.PHONY: demo test test-full test-optimized test-models lint sanitize neon aot readme notebooks docs clean help
 
 help:
 	@echo "make demo       learn, index and search real word vectors (about 2 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-models  the layers in flax and equinox, and every notebook"
 	@echo "make lint       lint and types alone"
 	@echo "make sanitize   random shapes through the C++ core under ASan and UBSan"
+	@echo "make neon       the same for 64-bit Arm, cross-compiled and emulated, where the tools are"
 	@echo "make notebooks  run the notebooks; DATASET=FILE.hdf5 for the full size"
 	@echo "make docs       the documentation site, notebooks run (about 10 minutes on two cores)"
 	@echo "make aot        compile the Pallas kernels for TPUs and an H100, with none attached (Linux)"
@@ -68,6 +69,19 @@ sanitize: $(VENV)/.test
 		-DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 	cmake --build build/sanitize --target xla_kernels_check --parallel 2
 	build/sanitize/xla_kernels_check
+
+# The C++ core for 64-bit Arm, its random checks under an emulator: Debian's packages
+# g++-aarch64-linux-gnu and qemu-user.
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= qemu-aarch64
+neon: $(VENV)/.test
+	@if command -v $(ARM_CXX) && command -v $(ARM_RUN); then \
+		cmake -S xla_kernels/csrc -B build/neon -DXLA_KERNELS_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux \
+			-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM_CXX) \
+			-DCMAKE_EXE_LINKER_FLAGS=-static -DPython3_EXECUTABLE=$(abspath $(BIN)/python) && \
+		cmake --build build/neon --target xla_kernels_check --parallel 2 && \
+		$(ARM_RUN) build/neon/xla_kernels_check; \
+	else echo "SKIPPED: the NEON kernels need $(ARM_CXX) and $(ARM_RUN)"; fi
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[docs]"

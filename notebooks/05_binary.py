@@ -32,14 +32,13 @@ if importlib.util.find_spec("avq_jax") is None:
 
 # %%
 import os
-import pathlib
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
 import avq_jax
-from avq_jax.evaluation import glove_50d, read_hdf5, split_queries
+from avq_jax.evaluation import glove_50d, read_hdf5, sift_descriptors, split_queries
 
 SIZE = os.environ.get("AVQ_SIZE", "small")  # "tiny" only proves that every cell runs
 FILE = os.environ.get("AVQ_DATASET")  # an ann-benchmarks HDF5 file, used whole
@@ -68,33 +67,15 @@ print(f"{name}: {n:,} unit rows of {d} dimensions, {len(queries):,} held-out que
 # descriptors of every tenth image, so that no image is on both sides. SIFT descriptors have nearly
 # equal norms; they are scaled to 1.
 
-
 # %%
-def sift(folder, *, each=2_000, rows=100_000):
-    """Base rows and queries: at most `each` descriptors an image."""
-    import cv2
-
-    detector = cv2.SIFT_create(nfeatures=each)
-    parts = {True: [], False: []}
-    files = sorted(p for p in pathlib.Path(folder).rglob("*") if p.suffix in (".jpg", ".png"))
-    for number, file in enumerate(files):
-        image = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
-        if image is not None:
-            descriptors = detector.detectAndCompute(image, None)[1]
-            if descriptors is not None:
-                parts[number % 10 == 9].append(descriptors)
-    draw = np.random.default_rng(0)
-    base, asked = (draw.permutation(unit(np.concatenate(parts[side]))) for side in (False, True))
-    return base[:rows], asked[:QUERIES]
-
-
 sets = {name: (x, queries, truth)}
 if not os.environ.get("AVQ_IMAGES"):
     print("skipped: SIFT descriptors, AVQ_IMAGES names no folder of images")
 elif importlib.util.find_spec("cv2") is None:
     print("skipped: SIFT descriptors, opencv-python-headless is not installed")
 else:
-    base, asked = sift(os.environ["AVQ_IMAGES"], rows=100_000 if FILE else ROWS)
+    base, asked = (unit(rows) for rows in sift_descriptors(os.environ["AVQ_IMAGES"]))
+    base, asked = base[: 100_000 if FILE else ROWS], asked[:QUERIES]
     exact = np.asarray(avq_jax.brute_force(asked, base, k=100).ids)
     sets["SIFT descriptors"] = base, asked, exact
     print(f"SIFT: {len(base):,} rows, {len(asked):,} queries")

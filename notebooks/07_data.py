@@ -32,14 +32,13 @@ if importlib.util.find_spec("avq_jax") is None:
 
 # %%
 import os
-import pathlib
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
 import avq_jax
-from avq_jax.evaluation import clustered, glove_50d, read_hdf5, split_queries
+from avq_jax.evaluation import clustered, glove_50d, read_hdf5, sift_descriptors, split_queries
 
 SIZE = os.environ.get("AVQ_SIZE", "small")  # "tiny" only proves that every cell runs
 FILES = os.environ.get("AVQ_DATASET", "").split(os.pathsep)  # ann-benchmarks HDF5 files, or none
@@ -77,23 +76,6 @@ def movielens(width=50):
     return (v[:width].T * root).astype(np.float32), (u[:, :width] * root).astype(np.float32)
 
 
-def sift(folder, *, each=2_000):
-    """SIFT descriptors of a folder of images, and those of every tenth image as queries."""
-    import cv2
-
-    detector = cv2.SIFT_create(nfeatures=each)
-    parts = {True: [], False: []}
-    files = sorted(p for p in pathlib.Path(folder).rglob("*") if p.suffix in (".jpg", ".png"))
-    for number, file in enumerate(files):
-        image = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
-        if image is not None:
-            descriptors = detector.detectAndCompute(image, None)[1]
-            if descriptors is not None:
-                parts[number % 10 == 9].append(descriptors)
-    draw = np.random.default_rng(0)
-    return tuple(draw.permutation(unit(np.concatenate(parts[side]))) for side in (False, True))
-
-
 sets = {}
 if FILES[0]:
     for file in FILES:
@@ -116,7 +98,7 @@ if not os.environ.get("AVQ_IMAGES"):
 elif importlib.util.find_spec("cv2") is None:
     print("skipped: SIFT descriptors, opencv-python-headless is not installed")
 else:
-    base, asked = sift(os.environ["AVQ_IMAGES"])
+    base, asked = (unit(rows) for rows in sift_descriptors(os.environ["AVQ_IMAGES"]))
     sets["SIFT descriptors"] = base[:ROWS], asked[:QUERIES]
 
 # %% [markdown]

@@ -8,6 +8,7 @@ from avq_jax.evaluation.datasets import (
     read_npy,
     split_queries,
 )
+from avq_jax.evaluation.images import sift_descriptors
 from avq_jax.evaluation.metrics import (
     query_recalls,
     recall_1_at_n,
@@ -34,6 +35,7 @@ __all__ = [
     "recall_interval",
     "recall_k_at_k",
     "relative_error",
+    "sift_descriptors",
     "split_queries",
     "write_rows",
 ]
