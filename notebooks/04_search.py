@@ -204,6 +204,19 @@ def pynndescent():
         yield lambda q, e=epsilon: peer.query(q[None], k=10, epsilon=e)[0][0]
 
 
+def ngtpy():
+    import tempfile
+
+    import ngtpy
+
+    folder = tempfile.mkdtemp()
+    ngtpy.create(folder, d, distance_type="Cosine")
+    peer = ngtpy.Index(folder)
+    peer.batch_insert(x, num_threads=1)
+    for epsilon in (0.0, 0.05, 0.1, 0.15, 0.2, 0.3):
+        yield lambda q, e=epsilon: np.array([i for i, _ in peer.search(q, 10, epsilon=e)])
+
+
 def nmslib():
     import nmslib
 
@@ -224,7 +237,7 @@ sides = {"avq_jax": ours}
 if SIZE == "tiny":
     print("skipped at this size: all peers")
 else:
-    for peer in (scann, faiss, hnswlib, annoy, pynndescent, nmslib):
+    for peer in (scann, faiss, hnswlib, annoy, pynndescent, ngtpy, nmslib):
         if importlib.util.find_spec(peer.__name__) is None:
             print(f"skipped: {peer.__name__} is not installed")
         else:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, UInt8
 
-__all__ = ["Codes", "decode", "encode", "lookup_table"]
+__all__ = ["Codes", "Wrapper", "decode", "encode", "lookup_table"]
 
 
 class Codes(NamedTuple):
@@ -25,6 +25,39 @@ class Codes(NamedTuple):
     codes: UInt8[Array, "n m"]
     gain: Float[Array, " n"] | None = None
     offset: Float[Array, " n"] | None = None
+
+
+class Wrapper:
+    """Base of a codec around another, whose sizes it has; what differs is overridden.
+
+    >>> import avq_jax, jax.numpy as jnp
+    >>> book = avq_jax.Codebook(jnp.zeros((3, 16, 2)), dim=6)
+    >>> codec = avq_jax.Rotated(book, jnp.eye(6))
+    >>> codec.num_subspaces, codec.num_codewords, codec.bits
+    (3, 16, 12.0)
+    """
+
+    codec: Any
+
+    @property
+    def dim(self) -> int:
+        """Width d of the rows."""
+        return self.codec.dim
+
+    @property
+    def num_subspaces(self) -> int:
+        """Number of codes of a row."""
+        return self.codec.num_subspaces
+
+    @property
+    def num_codewords(self) -> int:
+        """Number of words of a code."""
+        return self.codec.num_codewords
+
+    @property
+    def bits(self) -> float:
+        """Bits of a row."""
+        return self.codec.bits
 
 
 @functools.singledispatch

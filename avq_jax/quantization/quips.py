@@ -33,7 +33,7 @@ from avq_jax.checks import as_count, as_rows, is_traced
 from avq_jax.loss import QueryTerms, Scaling
 from avq_jax.progress import steps
 from avq_jax.quantization.codebook import Codebook, as_learning_rows, check_magnitude
-from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
+from avq_jax.quantization.codec import Codes, Wrapper, decode, encode, lookup_table
 from avq_jax.quantization.lloyd import History, fit
 from avq_jax.quantization.lloyd_steps import check_sizes
 from avq_jax.quantization.rows import split
@@ -52,10 +52,10 @@ _QUERIES = 32
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["codebook", "factors"], meta_fields=["kind"]
+    jax.tree_util.register_dataclass, data_fields=["codec", "factors"], meta_fields=["kind"]
 )
 @dataclasses.dataclass(frozen=True)
-class MahalanobisCodebook:
+class MahalanobisCodebook(Wrapper):
     """A product codebook whose rows are encoded under a metric of each subspace.
 
     Codes minimise ``sum_j (x_j - c_j)^T L_j L_j^T (x_j - c_j)``, which takes the place of the loss
@@ -63,7 +63,7 @@ class MahalanobisCodebook:
     Decoding and tables are those of the codebook alone.
 
     Attributes:
-      codebook: the :class:`~avq_jax.Codebook`, in the coordinates of the rows.
+      codec: the :class:`~avq_jax.Codebook`, in the coordinates of the rows.
       factors: ``float32[m, s, s]`` lower triangular L_j of each subspace.
 
     >>> import avq_jax, jax.numpy as jnp
@@ -74,30 +74,10 @@ class MahalanobisCodebook:
     """
 
     # Unshaped: transformations put other things than arrays into the leaves of a pytree.
-    codebook: Any
+    codec: Any
     factors: Any
     # Classes with like fields are one structure to jaxlib 0.10.2: a static field tells them apart.
     kind: str = dataclasses.field(default="mahalanobis", kw_only=True, repr=False)
-
-    @property
-    def dim(self) -> int:
-        """Width d of the rows."""
-        return self.codebook.dim
-
-    @property
-    def num_subspaces(self) -> int:
-        """Number of subspaces m."""
-        return self.codebook.num_subspaces
-
-    @property
-    def num_codewords(self) -> int:
-        """Number of codewords k of a subspace."""
-        return self.codebook.num_codewords
-
-    @property
-    def bits(self) -> float:
-        """Bits of a code, m * log2(k)."""
-        return self.codebook.bits
 
 
 def _whiten(factors: Float[Array, "m s s"], x: Float[Array, "n d"]) -> Float[Array, "n ms"]:
@@ -121,7 +101,7 @@ def _(
     extra: QueryTerms | None = None,
 ) -> Codes:
     rows = as_learning_rows(x, scaling, direction, extra, dim=codec.dim)
-    words = _whitened_words(codec.factors, codec.codebook.codewords)
+    words = _whitened_words(codec.factors, codec.codec.codewords)
     m, _, s = words.shape
     # Nothing couples the subspaces: the nearest codeword of each, without sweeps.
     return encode(
@@ -131,12 +111,12 @@ def _(
 
 @decode.register
 def _(codec: MahalanobisCodebook, codes: Any) -> Array:
-    return decode(codec.codebook, codes)
+    return decode(codec.codec, codes)
 
 
 @lookup_table.register
 def _(codec: MahalanobisCodebook, q: Any) -> Array:
-    return lookup_table(codec.codebook, q)
+    return lookup_table(codec.codec, q)
 
 
 def _factors(sample: Any, m: int) -> tuple[np.ndarray, float]:

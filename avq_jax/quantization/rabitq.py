@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from avq_jax.checks import as_count, as_float32, as_rows, is_traced
 from avq_jax.loss import QueryTerms, Scaling, row_norms
 from avq_jax.quantization.codebook import as_learning_rows
-from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
+from avq_jax.quantization.codec import Codes, Wrapper, decode, encode, lookup_table
 from avq_jax.quantization.rotation import Rotated, random_rotation
 from avq_jax.quantization.rows import unit
 from avq_jax.quantization.scalar import grid
@@ -42,7 +42,7 @@ _BLOCK = 1 << 14
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codec"], meta_fields=["kind"])
 @dataclasses.dataclass(frozen=True)
-class Unbiased:
+class Unbiased(Wrapper):
     """Any codec with the gain that makes ``<x, x~>`` exact, ``||x||^2 / <x, decode(codes)>``.
 
     The gain takes away the whole parallel error, so of the loss of Theorem 3.2 remains the
@@ -64,21 +64,6 @@ class Unbiased:
     codec: Any
     # Classes with like fields are one structure to jaxlib 0.10.2: a static field tells them apart.
     kind: str = dataclasses.field(default="unbiased", kw_only=True, repr=False)
-
-    @property
-    def dim(self) -> int:
-        """Width d of the rows."""
-        return self.codec.dim
-
-    @property
-    def num_subspaces(self) -> int:
-        """Number of codes of a row, without the gain."""
-        return self.codec.num_subspaces
-
-    @property
-    def num_codewords(self) -> int:
-        """Number of words of a code."""
-        return self.codec.num_codewords
 
     @property
     def bits(self) -> float:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from avq_jax.checks import as_count, as_rows, is_traced
 from avq_jax.loss import QueryTerms, Scaling
 from avq_jax.quantization.codebook import as_learning_rows
-from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
+from avq_jax.quantization.codec import Codes, Wrapper, decode, encode, lookup_table
 from avq_jax.quantization.rows import Rows
 
 __all__ = ["Method", "Rotated", "random_rotation", "rotation", "turn_rows"]
@@ -33,7 +33,7 @@ Method = Literal["pca", "random"]
     jax.tree_util.register_dataclass, data_fields=["codec", "matrix"], meta_fields=["kind"]
 )
 @dataclasses.dataclass(frozen=True)
-class Rotated:
+class Rotated(Wrapper):
     """Any codec of the rotated rows, ``x~ = R^T decode(codes)``.
 
     Attributes:
@@ -52,26 +52,6 @@ class Rotated:
     matrix: Any
     # Classes with like fields are one structure to jaxlib 0.10.2: a static field tells them apart.
     kind: str = dataclasses.field(default="rotated", kw_only=True, repr=False)
-
-    @property
-    def dim(self) -> int:
-        """Width d of the rows."""
-        return self.matrix.shape[1]
-
-    @property
-    def num_subspaces(self) -> int:
-        """Number of codes of a row."""
-        return self.codec.num_subspaces
-
-    @property
-    def num_codewords(self) -> int:
-        """Number of words of a code."""
-        return self.codec.num_codewords
-
-    @property
-    def bits(self) -> float:
-        """Bits of a row."""
-        return self.codec.bits
 
 
 def _turn(matrix: Array, v: Any) -> Array:

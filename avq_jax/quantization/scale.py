@@ -25,7 +25,7 @@ from avq_jax.checks import as_count, is_traced
 from avq_jax.loss import QueryTerms, Scaling
 from avq_jax.quantization.additive_update import metric_terms
 from avq_jax.quantization.codebook import as_learning_rows
-from avq_jax.quantization.codec import Codes, decode, encode, lookup_table
+from avq_jax.quantization.codec import Codes, Wrapper, decode, encode, lookup_table
 from avq_jax.quantization.rows import Rows
 
 __all__ = ["Scaled", "codes_without_gain", "fit_scale"]
@@ -39,7 +39,7 @@ _LLOYD_ITERATIONS = 30
     meta_fields=["bisect", "kind"],
 )
 @dataclasses.dataclass(frozen=True)
-class Scaled:
+class Scaled(Wrapper):
     """Any codec with a scale a row: codes as those of ``codec``, the scale as their ``gain``.
 
     Attributes:
@@ -62,21 +62,6 @@ class Scaled:
     bisect: bool = False
     # Classes with like fields are one structure to jaxlib 0.10.2: a static field tells them apart.
     kind: str = dataclasses.field(default="scaled", kw_only=True, repr=False)
-
-    @property
-    def dim(self) -> int:
-        """Width d of the rows."""
-        return self.codec.dim
-
-    @property
-    def num_subspaces(self) -> int:
-        """Number of codes of a row, without the scale."""
-        return self.codec.num_subspaces
-
-    @property
-    def num_codewords(self) -> int:
-        """Number of words of a code."""
-        return self.codec.num_codewords
 
     @property
     def bits(self) -> float:

@@ -62,7 +62,7 @@ def test_codes_are_nearest_in_the_metric_by_enumeration():
     x = correlated(300, 8)
     codec, _ = fit_quips(KEY, x, num_subspaces=2, num_codewords=8)
     codes = np.asarray(avq_jax.encode(codec, x).codes)
-    words = np.asarray(codec.codebook.codewords, np.float64)
+    words = np.asarray(codec.codec.codewords, np.float64)
     sigma = metric(codec)
     for j in range(2):
         block = sigma[4 * j : 4 * j + 4, 4 * j : 4 * j + 4]
@@ -71,7 +71,7 @@ def test_codes_are_nearest_in_the_metric_by_enumeration():
         taken = np.take_along_axis(cost, codes[:, j : j + 1].astype(int), axis=1)[:, 0]
         np.testing.assert_allclose(taken, cost.min(axis=1), rtol=1e-3, atol=1e-5 * cost.max())
     # Another metric, other codes: the Euclidean ones differ.
-    assert (np.asarray(avq_jax.encode(codec.codebook, x).codes) != codes).mean() > 0.02
+    assert (np.asarray(avq_jax.encode(codec.codec, x).codes) != codes).mean() > 0.02
 
 
 def test_codewords_are_means_of_their_rows():
@@ -81,7 +81,7 @@ def test_codewords_are_means_of_their_rows():
     for j in range(3):
         for word in range(4):
             rows = x[codes[:, j] == word][:, 2 * j : 2 * j + 2]
-            got = state_x.codebook.codewords[j, word]
+            got = state_x.codec.codewords[j, word]
             np.testing.assert_allclose(got, rows.mean(axis=0), atol=0.02 * np.abs(x).max())
 
 
