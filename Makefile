@@ -83,8 +83,8 @@ neon: $(VENV)/.test
 		$(ARM_RUN) build/neon/xla_kernels_check; \
 	else echo "SKIPPED: the NEON kernels need $(ARM_CXX) and $(ARM_RUN)"; fi
 
-$(VENV)/.docs: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e ".[docs]"
+$(VENV)/.docs: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet "avq-jax[docs]"
 	@touch $@
 
 NOTEBOOKS := $(wildcard notebooks/0*.py)
