@@ -7,6 +7,7 @@ under it in :mod:`avq_jax.quantization`, and the search engine in :mod:`avq_jax.
 
 from importlib.metadata import PackageNotFoundError, version
 
+from avq_jax import serving as serving
 from avq_jax.evaluation import (
     recall_1_at_n,
     recall_k_at_k,

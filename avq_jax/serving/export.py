@@ -31,6 +31,8 @@ __all__ = ["export"]
 
 _ALIGN = 64
 _KERNEL = "xla_kernels_tree_search"
+# What `lax.top_k` was before jax 0.10, without a promise that later versions read it.
+_TOP_K = "mhlo.topk"
 _STANDALONE = "standalone.py"
 _OURS = re.compile(
     r"(program|arrays)-[0-9a-f]{32}\.bin|standalone\.py|header\.json|\..+\.[0-9a-f]{8}\.tmp"
@@ -127,7 +129,10 @@ def export(
     exported = jax_export.export(
         jax.jit(program),
         platforms=tuple(platforms),
-        disabled_checks=[jax_export.DisabledSafetyCheck.custom_call(_KERNEL)] if requires else (),
+        disabled_checks=[
+            jax_export.DisabledSafetyCheck.custom_call(name)
+            for name in ((_TOP_K, _KERNEL) if requires else (_TOP_K,))
+        ],
     )([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves], spec)
     arguments = {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
     header = {

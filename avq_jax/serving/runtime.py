@@ -44,11 +44,22 @@ class Exported:
 
     Attributes:
       header: what the export says of itself, in values of JSON.
+      program: the ``jax.export.Exported`` whose ``call(arrays, inputs)`` gives scores and ids, to
+        be called in programs of your own.
+      arrays: the list of its arrays, on the default device.
     """
 
-    def __init__(self, header: dict[str, Any], run: Callable, ids: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        header: dict[str, Any],
+        program: jax.export.Exported,
+        arrays: list[jax.Array],
+        ids: np.ndarray | None,
+    ) -> None:
         self.header = header
-        self._run = run
+        self.program = program
+        self.arrays = arrays
+        self._run: Callable = jax.jit(program.call)
         self._ids = ids
 
     def __call__(self, inputs: Any) -> Found:
@@ -69,7 +80,7 @@ class Exported:
         if inputs.shape[0] == 0:
             empty = (0, self.header["k"])
             return Found(np.empty(empty, np.float32), np.empty(empty, np.int32))
-        scores, ids = self._run(inputs)
+        scores, ids = self._run(self.arrays, inputs)
         return Found(np.asarray(scores), np.asarray(ids))
 
     def user_ids(self, rows: Any) -> np.ndarray:
@@ -134,8 +145,7 @@ def load_exported(path: str | os.PathLike[str], *, verify: bool = True) -> Expor
             f"{str(place)!r}: jax {jax.__version__} cannot read it: {error}"
         ) from None
     arrays = [jax.device_put(tensors[name]) for name in header["arguments"]]
-    call = jax.jit(exported.call)
-    return Exported(header, lambda inputs: call(arrays, inputs), ids)
+    return Exported(header, exported, arrays, ids)
 
 
 def _read_header(path: pathlib.Path) -> dict[str, Any]:

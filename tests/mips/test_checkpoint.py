@@ -65,7 +65,7 @@ def test_what_was_changed_is_refused(index):
 class TestOrbax:
     def test_the_page(self, tmp_path, queries):
         pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint is not installed")
-        (block,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+        block, _ = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
         scope = {"folder": tmp_path}
         exec(compile(block, PAGE.name, "exec"), scope)
         assert_same(scope["again"], scope["index"], np.asarray(scope["x"][:50]))
