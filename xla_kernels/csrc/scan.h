@@ -93,7 +93,7 @@ inline void append_block(const int32_t* sums, int64_t count, const Codes& codes,
       const float gain = terms.gain_of(row);
       const float offset = terms.offset != nullptr ? terms.offset[row] : 0.0f;
       const float sum = query.centre + query.delta * static_cast<float>(key);
-      const float middle = gain * sum + offset + query.addend;
+      const float middle = gain * sum + (offset + query.addend);
       const float slack = (gain < 0 ? -gain : gain) * query.error +
                           4e-7f * (offset < 0 ? -offset : offset);
       const float above = middle + slack, below = middle - slack;

@@ -51,7 +51,6 @@ inline bool any_affine(const RowTerms& terms, int64_t row, int64_t num_rows, con
   const __m256 error = _mm256_set1_ps(query.error), addend = _mm256_set1_ps(query.addend);
   const __m256 bar = _mm256_set1_ps(query.collector->float_threshold);
   const __m256 sign = _mm256_set1_ps(-0.0f);
-  const __m256i mask = _mm256_set1_epi32(terms.num_levels - 1);
   __m256 found = _mm256_setzero_ps();
   UNROLL
   for (int j = 0; j < 4; ++j) {
@@ -62,14 +61,21 @@ inline bool any_affine(const RowTerms& terms, int64_t row, int64_t num_rows, con
     if (terms.level != nullptr) {
       const __m128i eight =
           _mm_loadl_epi64(reinterpret_cast<const __m128i*>(terms.level + row + 8 * j));
-      gain = _mm256_i32gather_ps(terms.levels, _mm256_and_si256(_mm256_cvtepu8_epi32(eight), mask), 4);
+      const __m256i number = _mm256_cvtepu8_epi32(eight);
+      if (terms.num_levels == 16) {
+        // Each permutation takes the low three bits of a number; its fourth chooses between them.
+        const __m256 first = _mm256_permutevar8x32_ps(_mm256_loadu_ps(terms.levels), number);
+        const __m256 second = _mm256_permutevar8x32_ps(_mm256_loadu_ps(terms.levels + 8), number);
+        gain = _mm256_blendv_ps(first, second, _mm256_castsi256_ps(_mm256_slli_epi32(number, 28)));
+      } else {
+        gain = _mm256_i32gather_ps(terms.levels, number, 4);
+      }
     } else if (terms.gain != nullptr) {
       gain = _mm256_loadu_ps(terms.gain + row + 8 * j);
     }
     if (terms.offset != nullptr) offset = _mm256_loadu_ps(terms.offset + row + 8 * j);
     const __m256 sum = _mm256_add_ps(centre, _mm256_mul_ps(delta, _mm256_cvtepi32_ps(keys)));
-    const __m256 middle =
-        _mm256_add_ps(_mm256_add_ps(_mm256_mul_ps(gain, sum), offset), addend);
+    const __m256 middle = _mm256_add_ps(_mm256_mul_ps(gain, sum), _mm256_add_ps(offset, addend));
     const __m256 slack =
         _mm256_add_ps(_mm256_mul_ps(_mm256_andnot_ps(sign, gain), error),
                       _mm256_mul_ps(_mm256_set1_ps(4e-7f), _mm256_andnot_ps(sign, offset)));

@@ -56,6 +56,40 @@ inline void collect(const ScanQuery& query, __m512i keys, int64_t row, int64_t n
   if (__builtin_expect(mask != 0, 0)) append(query, keys, mask, row, num_rows);
 }
 
+__attribute__((noinline)) void append_leveled(const ScanQuery& query, __m512i keys,
+                                              const RowTerms& terms, int64_t row, int64_t num_rows) {
+  append_affine(query, keys, load_terms(terms, row, num_rows), row, num_rows);
+}
+
+// With numbered gains and nothing else, as the leaves of a tree have them: no bounds but the scores.
+template <int kQueries, int kVectors>
+__attribute__((always_inline)) inline void collect_leveled(
+    const ScanQuery* queries, const __m512i (&keys)[kQueries][kVectors], const RowTerms& terms,
+    int64_t row, int64_t num_rows) {
+  __m512 gain[kVectors];
+  UNROLL
+  for (int j = 0; j < kVectors; ++j) gain[j] = load_terms(terms, row + 16 * j, num_rows).gain;
+  UNROLL
+  for (int q = 0; q < kQueries; ++q) {
+    const ScanQuery& query = queries[q];
+    const __m512 delta = _mm512_set1_ps(query.delta), centre = _mm512_set1_ps(query.centre);
+    const __m512 addend = _mm512_set1_ps(query.addend);
+    const __m512 bar = _mm512_set1_ps(query.collector->float_threshold);
+    __mmask16 mask[kVectors], any = 0;
+    UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      const __m512 sum = _mm512_fmadd_ps(delta, _mm512_cvtepi32_ps(keys[q][j]), centre);
+      mask[j] = _mm512_cmp_ps_mask(_mm512_fmadd_ps(gain[j], sum, addend), bar, _CMP_NLT_UQ);
+      any |= mask[j];
+    }
+    if (__builtin_expect(any == 0, 1)) continue;
+    UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      if (mask[j] != 0) append_leveled(query, keys[q][j], terms, row + 16 * j, num_rows);
+    }
+  }
+}
+
 // Sums of kVectors times 16 rows for kQueries queries, the terms of the rows read once for all.
 template <int kQueries, int kVectors, bool kAffine>
 __attribute__((always_inline)) inline void collect_all(const ScanQuery* queries,
@@ -63,6 +97,10 @@ __attribute__((always_inline)) inline void collect_all(const ScanQuery* queries,
                                                        const RowTerms& terms, int64_t row,
                                                        int64_t num_rows) {
   if (kAffine) {
+    if (terms.level != nullptr && terms.offset == nullptr) {
+      collect_leveled(queries, keys, terms, row, num_rows);
+      return;
+    }
     UNROLL
     for (int j = 0; j < kVectors; ++j) {
       const Terms16 own = load_terms(terms, row + 16 * j, num_rows);
@@ -134,8 +172,9 @@ void range_dwords(const Codes& codes, const RowTerms& terms, int64_t begin, int6
   // Codes of no subspaces fill no bytes.
   const int64_t ahead = kPrefetchBytes / (64 * codes.groups + 1) + 1;
   const auto soon = [&](int64_t i) {
-    const int64_t later = i + ahead;
-    return codes.block(later < end ? later : next + (later - end));
+    const int64_t later = i + ahead < end ? i + ahead : next + (i + ahead - end);
+    if (kAffine && terms.level != nullptr) __builtin_prefetch(terms.level + 32 * later);
+    return codes.block(later);
   };
   int64_t i = begin;
   for (; i + kBlocks <= end; i += kBlocks) {
