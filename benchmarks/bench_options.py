@@ -2,10 +2,10 @@
 
     taskset -c 1 python benchmarks/bench_options.py --dataset glove6b-100.hdf5
 
-Every option is compared with the same index (adaptive effort), the same leaves (groups) or the same
-data (dimensions, codes) without it. Settings take turns, several rounds; times are medians.
-``--scale`` compares codes with and without a score-aware scale, in CPU time, and with the product or
-additive codes that take as many bytes and as long a scan; it writes a file of its own.
+Every option is compared with the same index (adaptive effort), the same leaves (groups) or the
+same data (dimensions, codes) without it. Settings take turns, several rounds; times are medians.
+``--scale`` compares codes with and without a score-aware scale, in CPU time, and with codes that
+take as long a scan; it writes a file of its own.
 """
 
 import dataclasses
