@@ -2,11 +2,14 @@
 
     taskset -c 1 python benchmarks/bench_options.py --dataset glove6b-100.hdf5
 
-Every option is compared with the same index (adaptive effort), the same leaves (groups) or the same
-data (dimensions, codes) without it. Settings take turns, several rounds; times are medians.
+Every option is compared with the same index (adaptive effort), the same leaves (groups) or the
+same data (dimensions, codes) without it. Settings take turns, several rounds; times are medians.
+``--scale`` compares codes with and without a score-aware scale, in CPU time, and with codes that
+take as long a scan; it writes a file of its own.
 """
 
 import dataclasses
+import os
 import statistics
 import sys
 import time
@@ -32,23 +35,40 @@ def flat(index):
     return dataclasses.replace(index, tree=index.tree._replace(packed=packed))
 
 
-def main(argv=None):
-    parser = record.arguments(
-        __doc__.splitlines()[0], rounds=5, queries=2000, single=500, many_leaves=4096
-    )
-    args = parser.parse_args(argv)
-    data = read_hdf5(args.dataset)
-    x, queries = unit(data.train), unit(data.test)[: args.queries]
-    truth = np.asarray(data.neighbors)[: args.queries, :10]
-    d = x.shape[1]
-    built, indexes = {}, {}
+def measure(indexes, queries, truth, args, clock):
+    """Points of all settings of all indexes in turns, ``args.rounds`` times; medians."""
+    timed: list[tuple] = []
+    for name, (index, settings) in indexes.items():
+        for setting in settings:
+            names = ("leaves_to_search", "rescore", "adaptive")
+            find = avq_jax.searcher(index, k=10, **dict(zip(names, setting, strict=False)))
+            recall = float(avq_jax.recall_k_at_k(find(queries).ids, truth, k=10))
+            find(queries[0])
+            point = {"side": name, "setting": setting, "recall": recall}
+            timed.append((point, find, {"single_us": [], "batch_us": []}))
+    for _ in range(args.rounds):
+        for _, find, times in timed:
+            begin = clock()
+            for q in queries[: args.single]:
+                find(q)
+            times["single_us"].append((clock() - begin) / args.single)
+            begin = clock()
+            find(queries)
+            times["batch_us"].append((clock() - begin) / len(queries))
+    for point, _, times in timed:
+        point |= {kind: 1e6 * statistics.median(each) for kind, each in times.items()}
+        print(point, flush=True)
+    points = [point for point, _, _ in timed]
+    targets = {
+        f"{kind} at {target}": {name: at_recall(points, name, kind, target) for name in indexes}
+        for target in (0.9, 0.95, 0.99)
+        for kind in ("single_us", "batch_us")
+    }
+    return {"at_recall": targets, "points": points}
 
-    def build(name, **options):
-        begin = time.process_time()
-        index = avq_jax.build(jax.random.key(0), x, progress=False, **options)
-        built[name] = time.process_time() - begin
-        return index
 
+def options_of(build, args, d):
+    """Indexes of the options, and what else is told of them."""
     usual = build("default")
     many = build("groups", num_leaves=args.many_leaves, num_groups=round(args.many_leaves**0.5))
     indexes = {
@@ -64,35 +84,88 @@ def main(argv=None):
     codes = f"product codes {additive.tree.codebook.num_subspaces} x 16"
     half = build(codes, num_subspaces=additive.tree.codebook.num_subspaces)
     indexes |= {codes: (half, WIDE), "additive codes of as many bytes": (additive, WIDE)}
-    timed: list[tuple] = []
-    for name, (index, settings) in indexes.items():
-        for setting in settings:
-            names = ("leaves_to_search", "rescore", "adaptive")
-            find = avq_jax.searcher(index, k=10, **dict(zip(names, setting, strict=False)))
-            recall = float(avq_jax.recall_k_at_k(find(queries).ids, truth, k=10))
-            find(queries[0])
-            point = {"side": name, "setting": setting, "recall": recall}
-            timed.append((point, find, {"single_us": [], "batch_us": []}))
-    for _ in range(args.rounds):
-        for _, find, times in timed:
-            begin = time.perf_counter()
-            for q in queries[: args.single]:
-                find(q)
-            times["single_us"].append((time.perf_counter() - begin) / args.single)
-            begin = time.perf_counter()
-            find(queries)
-            times["batch_us"].append((time.perf_counter() - begin) / len(queries))
-    for point, _, times in timed:
-        point |= {kind: 1e6 * statistics.median(each) for kind, each in times.items()}
-        print(point, flush=True)
-    points = [point for point, _, _ in timed]
-    targets = {
-        f"{kind} at {target}": {name: at_recall(points, name, kind, target) for name in indexes}
-        for target in (0.9, 0.95, 0.99)
-        for kind in ("single_us", "batch_us")
-    }
+    return indexes, {"groups": many.tree.packed.groups.vectors.shape[0]}
+
+
+def scales_of(build, d):
+    """Indexes with and without a scale, and with the codes that take as much memory and time."""
+    indexes = {}
+    for codec, m, settings in (
+        ("product", d // 2, PLAIN),
+        ("product", d // 4, WIDE),
+        ("additive", d // 4, WIDE),
+    ):
+        # The scan takes codes four at a time: a few more cost no time.
+        more = -(-m // 4) * 4
+        sizes = [(m, None), (m, 4), (m, 8)] if codec == "product" else [(m, None), (m, 4)]
+        for count, scale in [*sizes, (more, None)] if m < d // 2 else sizes:
+            bits = "" if scale is None else f", scale of {scale} bits"
+            name = f"{codec} codes {count} x 16{bits}"
+            index = build(name, codec=codec, num_subspaces=count, scale=scale)
+            indexes[name] = (index, settings)
+    return indexes
+
+
+def estimates(build, queries, neighbors, d, leaves):
+    """Recall of the codes alone in each row's one leaf, all leaves searched, no rescoring."""
+    found = []
+    for codec, m in (("product", d // 4), ("additive", d // 4), ("product", d // 2)):
+        for scale in (None, 4):
+            bits = "" if scale is None else f", scale of {scale} bits"
+            name = f"{codec} codes {m} x 16{bits}, {leaves} leaves"
+            index = build(
+                name, codec=codec, num_subspaces=m, scale=scale, num_leaves=leaves,
+                soar_lambda=None, rescore_dtype=None,
+            )  # fmt: skip
+            find = avq_jax.searcher(index, k=100, leaves_to_search=leaves, rescore=0)
+            ids = np.concatenate([find(q).ids for q in np.array_split(queries, 8)])
+            hits = [len(np.intersect1d(a, b)) for a, b in zip(ids, neighbors[:, :10], strict=True)]
+            found.append(
+                {
+                    "side": name,
+                    "bits": 8 * index.code_bytes,
+                    "1@10": float(avq_jax.recall_1_at_n(ids, neighbors, n=10)),
+                    "10@100": float(np.mean(hits) / 10),
+                }
+            )
+            print(found[-1], flush=True)
+    return found
+
+
+def main(argv=None):
+    parser = record.arguments(
+        __doc__.splitlines()[0],
+        rounds=5, queries=2000, single=500, many_leaves=4096, leaves=600,
+    )  # fmt: skip
+    parser.add_argument(
+        "--scale", action="store_true", help="the score-aware scale instead of the other options"
+    )
+    args = parser.parse_args(argv)
+    data = read_hdf5(args.dataset)
+    x, every = unit(data.train), unit(data.test)
+    queries, truth = every[: args.queries], np.asarray(data.neighbors)[: args.queries, :10]
+    built: dict[str, float] = {}
+
+    def build(name, **options):
+        begin = time.process_time()
+        index = avq_jax.build(jax.random.key(0), x, progress=False, **options)
+        built[name] = time.process_time() - begin
+        return index
+
+    load = os.getloadavg()
+    result: dict = {}
+    if args.scale:
+        indexes = scales_of(build, x.shape[1])
+        # CPU time: the machine may be busy.
+        result = measure(indexes, queries, truth, args, time.process_time)
+        neighbors = np.asarray(data.neighbors)
+        result["estimates"] = estimates(build, every, neighbors, x.shape[1], args.leaves)
+        result |= {"clock": "CPU time", "load_average": [load[0], os.getloadavg()[0]]}
+    else:
+        indexes, result = options_of(build, args, x.shape[1])
+        result |= measure(indexes, queries, truth, args, time.perf_counter)
     record.write(
-        f"options_{data.name}",
+        f"options{'_scale' if args.scale else ''}_{data.name}",
         {
             "benchmark": "options",
             "dataset": data.name,
@@ -102,9 +175,7 @@ def main(argv=None):
             "bytes_per_row": {
                 name: index.bytes_per_row.total for name, (index, _) in indexes.items()
             },
-            "groups": many.tree.packed.groups.vectors.shape[0],
-            "at_recall": targets,
-            "points": points,
+            **result,
         },
         args.output,
     )

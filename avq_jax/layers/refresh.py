@@ -80,9 +80,9 @@ def _encoded(index: Index, ids: np.ndarray, rows: np.ndarray) -> Any:
     which, leaves = (np.pad(a, (0, pad)) for a in (which, leaves))
     slots = np.pad(slots, (0, pad), constant_values=-1).astype(np.int32)
     each = jax.tree.map(lambda a: a[which], seen)
-    codes, offset = coded(index.tree, jnp.asarray(leaves, jnp.int32), each, index.weight)
+    found = coded(index.tree, jnp.asarray(leaves, jnp.int32), each, index.weight)
     numbers = jnp.asarray(ids[which], jnp.int32)
-    return put_slots(index.tree, jnp.asarray(slots), numbers, codes, offset)
+    return put_slots(index.tree, jnp.asarray(slots), numbers, found)
 
 
 def _stored(index: Index, ids: np.ndarray, rows: np.ndarray) -> Any:

@@ -20,16 +20,21 @@ from avq_jax.mips.partition import check_slots, lay_out
 from avq_jax.mips.rescoring import Store
 from xla_kernels import unpack_codes
 
-__all__ = ["Held", "compact", "held_rows", "held_slots", "reserve", "with_room"]
+__all__ = ["Held", "compact", "held_rows", "held_slots", "lay_out_again", "reserve", "with_room"]
 
 
 class Held(NamedTuple):
-    """The slots of a tree that hold a row, leaf by leaf: leaf, row number, codes, offset."""
+    """The slots of a tree that hold a row, leaf by leaf: leaf, row number, codes, offset, gain."""
 
     leaves: np.ndarray
     rows: np.ndarray
     codes: np.ndarray
     offset: np.ndarray | None
+    gains: np.ndarray | None
+
+    def part(self, which: np.ndarray) -> Held:
+        """Some of them, by a mask or numbers."""
+        return jax.tree.map(lambda a: a[which], self)
 
 
 def held_slots(tree: Tree) -> Held:
@@ -41,7 +46,8 @@ def held_slots(tree: Tree) -> Held:
     leaves = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     at = at[np.lexsort((rows[at], leaves[at]))]
     offset = None if tree.offset is None else np.asarray(tree.offset)[at]
-    return Held(leaves[at], rows[at], np.asarray(unpack_codes(packed.codes))[at], offset)
+    gains = None if packed.gains is None else np.asarray(packed.gains.level)[at]
+    return Held(leaves[at], rows[at], np.asarray(unpack_codes(packed.codes))[at], offset, gains)
 
 
 def held_rows(index: Index) -> Any:
@@ -68,32 +74,33 @@ def held_rows(index: Index) -> Any:
     return jnp.asarray(index.store.held)
 
 
-def _lay_out_again(tree: Tree, held: Held, rows: np.ndarray, room: np.ndarray | None) -> Tree:
-    """The held slots under new row numbers, each leaf in at least ``room`` blocks."""
+def lay_out_again(tree: Tree, held: Held, rows: np.ndarray, room: np.ndarray | None = None) -> Tree:
+    """Some held slots under new row numbers, each leaf in at least ``room`` blocks."""
     packed = tree.packed
     layout = lay_out(held.leaves, num_leaves=len(packed.starts) - 1, block=packed.block, room=room)
     entries = np.asarray(layout.slots)
-    at = np.maximum(entries, 0)
-    codes = np.zeros((len(entries), packed.codes.num_subspaces), np.uint8)
-    codes[entries >= 0] = held.codes[entries[entries >= 0]]
-    offset = None
-    if held.offset is not None:
-        offset = np.zeros(len(entries), np.float32)
-        offset[entries >= 0] = held.offset[entries[entries >= 0]]
-    slots = np.full(len(entries), -1, np.int32)
-    slots[entries >= 0] = rows[at[entries >= 0]]
-    groups = packed.groups
+    full = np.flatnonzero(entries >= 0)
+
+    def each_slot(a: np.ndarray, free: int = 0) -> np.ndarray:
+        out = np.full((len(entries), *a.shape[1:]), free, a.dtype)
+        out[full] = a[entries[full]]
+        return out
+
+    groups, gains = packed.groups, None
+    if held.gains is not None:
+        gains = (each_slot(held.gains), packed.gains.levels)
     return tree._replace(
         packed=xla_kernels.pack_tree(
             packed.centroids,
             layout.starts,
-            slots,
+            each_slot(rows, -1),
             np.asarray(packed.codewords).transpose(0, 2, 1),
-            codes,
+            each_slot(held.codes),
             ranking=packed.ranking,
             leaf_offset=tree.leaf_offset,
-            slot_offset=offset,
+            slot_offset=None if held.offset is None else each_slot(held.offset),
             groups=None if groups is None else (groups.vectors, groups.starts),
+            gains=gains,
         )
     )
 
@@ -115,7 +122,7 @@ def with_room(tree: Tree, numbers: np.ndarray, capacity: int) -> Tree:
     block = tree.packed.block
     room = np.maximum(1, -(-np.ceil(sizes * factor) // block)).astype(np.int64)
     check_slots(int(room.sum()) * block)
-    return _lay_out_again(tree, held, numbers.astype(np.int32)[held.rows], room)
+    return lay_out_again(tree, held, numbers.astype(np.int32)[held.rows], room)
 
 
 def reserve(index: Index, *, capacity: int) -> Index:
@@ -193,7 +200,7 @@ def compact(index: Index) -> Index:
     if tree is not None:
         slots = held_slots(tree)
         number = np.cumsum(held, dtype=np.int32) - 1
-        tree = _lay_out_again(tree, slots, number[slots.rows], None)
+        tree = lay_out_again(tree, slots, number[slots.rows])
     store = index.store
     if store is not None:
         scale = None if store.scale is None else jnp.asarray(store.scale)[kept]

@@ -13,7 +13,7 @@ from avq_jax.loss import residuals
 from avq_jax.mips.index import Index
 from avq_jax.mips.projection import lift
 from avq_jax.mips.searcher import Effort, effort_of, search
-from avq_jax.quantization import decode
+from avq_jax.quantization import Codes, decode
 from xla_kernels import code_rows
 from xla_kernels.tree_search.effort import SURE_LEAVES
 from xla_kernels.tree_search.xla import SPARE, highest_estimates
@@ -251,7 +251,9 @@ def _copies(
     leaves = leaves - 1
     codes = code_rows(tree.packed.codes, jnp.asarray(slots))
     centroids = np.asarray(tree.centroids)
-    near = centroids[leaves] + np.asarray(decode(tree.codebook, codes))
+    gains = tree.packed.gains
+    scale = None if gains is None else gains.levels[gains.level[slots].astype(np.int32)]
+    near = centroids[leaves] + np.asarray(decode(tree.codebook, Codes(codes, scale)))
     whole = lift(tree.projection, len(x), jnp.asarray(near))
     parallel, across = residuals(jnp.broadcast_to(x, whole.shape), whole)
     q = np.asarray(tree.scanned(q))

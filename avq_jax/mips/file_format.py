@@ -19,7 +19,9 @@ Tensors, by name (n rows, d width, m subspaces, k codewords, L leaves):
 ``leaf_offset``  F32 ``[L]``                   l2 only
 ``kicks``      I32 ``[t, j, 2]``               additive codes only: of their encoder
 ``codewords``  F32 ``[m, k, ceil(p / m)]``, or ``[m, k, p]`` of additive codes
+``levels``     F32 ``[16 or 256]``             scales that rows choose from, where they have one
 ``offset``     F32 ``[n]``                     l2 only
+``gains``      U8 ``[n]``                      number of the scale of each row, where it has one
 ``codes``      U8 ``[n, m]``; k <= 16: U8      at k <= 16 byte j holds subspace 2j in its low half
                ``[n, ceil(m / 2)]``            and subspace 2j + 1 in its high half (0 if none)
 =============  ==============================  =================================================
@@ -28,7 +30,6 @@ Tensors, by name (n rows, d width, m subspaces, k codewords, L leaves):
 from __future__ import annotations
 
 import importlib
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -37,18 +38,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avq_jax.loss import Exponential, Power, Threshold, Uniform
 from avq_jax.mips.exact import METRICS
 from avq_jax.mips.index import Index
 from avq_jax.mips.packing import coded_rows, pack_tree
 from avq_jax.mips.rescoring import Store
 from avq_jax.mips.safe_files import MAGIC, IndexFormatError, Spec
-from avq_jax.quantization import AdditiveCodebook, Codebook
+from avq_jax.mips.weight_format import weight_from_json, weight_to_json
+from avq_jax.quantization import AdditiveCodebook, Codebook, Scaled
 
 __all__ = [
     "FORMAT_VERSION",
     "TENSORS",
-    "UnknownWeight",
     "arrays_of",
     "check_header",
     "header_of",
@@ -58,49 +58,12 @@ __all__ = [
 FORMAT_VERSION = 1
 TENSORS = (
     "rows", "scale", "ids", "leaves", "centroids", "ranking", "groups", "group_starts",
-    "projection", "kicks", "leaf_offset", "codewords", "offset", "codes",
+    "projection", "kicks", "leaf_offset", "codewords", "levels", "offset", "gains", "codes",
 )  # fmt: skip
-# Name in the file: class and its parameters.
-_WEIGHTS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "Threshold": (Threshold, ("T",)),
-    "Power": (Power, ("p",)),
-    "Exponential": (Exponential, ("b",)),
-    "Uniform": (Uniform, ()),
-}
 _KINDS = ("product", "additive")
 _CHUNK = 1 << 20
 # Row numbers are int32.
 _MOST_ROWS = 2**31 - 1
-
-
-class UnknownWeight:
-    """Stand-in for the user-defined weight of a loaded index; searching does not need it.
-
-    >>> UnknownWeight("mine.Weight")
-    UnknownWeight('mine.Weight')
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, t: Any) -> Any:
-        """Raise, since the function itself is not in the file."""
-        raise ValueError(
-            f"the index was saved with the user-defined weight {self.name}, which a file cannot "
-            "hold; give it to load(path, weight=...)"
-        )
-
-    def __repr__(self) -> str:
-        return f"UnknownWeight({self.name!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, UnknownWeight) and other.name == self.name
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-
-jax.tree_util.register_static(UnknownWeight)
 
 
 def arrays_of(index: Index) -> dict[str, np.ndarray]:
@@ -134,7 +97,9 @@ def arrays_of(index: Index) -> dict[str, np.ndarray]:
             kicks=tree.kicks,
             leaf_offset=tree.leaf_offset,
             codewords=tree.codebook.codewords,
+            levels=None if tree.packed.gains is None else tree.packed.gains.levels,
             offset=None if rows.offset is None else rows.offset.reshape(-1),
+            gains=None if rows.gains is None else rows.gains.reshape(-1),
             codes=halves(flat) if tree.codebook.num_codewords <= 16 else flat,
         )
     arrays = {name: np.asarray(array) for name, array in found.items() if array is not None}
@@ -184,44 +149,12 @@ def header_of(index: Index, specs: Mapping[str, Spec]) -> dict[str, Any]:
             else {"scanned_dim": index.tree.width}
         ),
         "codec": codec,
-        "weight": _weight_to_json(index.weight),
+        "weight": weight_to_json(index.weight),
         "tensors": {
             name: {"dtype": spec.dtype, "shape": list(spec.shape), "sha256": spec.sha256}
             for name, spec in specs.items()
         },
     }
-
-
-def _weight_to_json(weight: Any) -> dict[str, Any]:
-    for name, (cls, fields) in _WEIGHTS.items():
-        if type(weight) is cls:
-            values = {field: np.asarray(getattr(weight, field)) for field in fields}
-            if all(value.ndim == 0 for value in values.values()):
-                # As text, since JSON has no infinity; repr gives every bit back.
-                return {"name": name, "parameters": {k: repr(float(v)) for k, v in values.items()}}
-    if isinstance(weight, UnknownWeight):
-        return {"name": "custom", "class": weight.name}
-    # A plain function comes wrapped in a Partial.
-    kind = getattr(weight, "func", type(weight))
-    return {"name": "custom", "class": f"{kind.__module__}.{kind.__qualname__}"}
-
-
-def _weight_from_json(found: Any, given: Any, where: str) -> Any:
-    try:
-        if found["name"] == "custom":
-            return UnknownWeight(str(found["class"])) if given is None else given
-        cls, fields = _WEIGHTS[found["name"]]
-        values = {key: float(text) for key, text in found["parameters"].items()}
-        if set(values) != set(fields) or any(math.isnan(v) for v in values.values()):
-            raise ValueError("parameters of another weight, or none")
-        weight = cls(**{key: jnp.float32(value) for key, value in values.items()})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise IndexFormatError(f"{where} is damaged: unreadable weight {found!r}") from error
-    if given is not None:
-        raise ValueError(
-            f"weight must be None for {where}, which was saved with the built-in {weight}"
-        )
-    return weight
 
 
 def _sizes(tensor: Any, count: int) -> list[int]:
@@ -262,7 +195,7 @@ def check_header(header: Mapping[str, Any], where: str) -> dict[str, Spec]:
     need(isinstance(tensors, dict), "tensors is an object")
     need(tensors and set(tensors) <= set(TENSORS), f"tensors are among {TENSORS}")
     shapes: dict[str, tuple[int, ...]] = {}
-    kinds: dict[str, Any] = {"codes": "U8", "ids": "U32"}
+    kinds: dict[str, Any] = {"codes": "U8", "gains": "U8", "ids": "U32"}
     kinds |= dict.fromkeys(("leaves", "group_starts", "kicks"), "I32")
     if "rows" in tensors:
         shapes["rows"] = (n, d)
@@ -296,6 +229,9 @@ def check_header(header: Mapping[str, Any], where: str) -> dict[str, Spec]:
         if "groups" in tensors:
             G = count({"groups": _sizes(tensors["groups"], 1)[0]}, "groups", 1, L)
             shapes |= {"groups": (G, p), "group_starts": (G + 1,)}
+        if "levels" in tensors:
+            shapes |= {"levels": (_sizes(tensors["levels"], 1)[0],), "gains": (entries,)}
+            need(shapes["levels"][0] in (16, 256), "levels are 16 or 256")
         if metric == "l2":
             shapes |= {"leaf_offset": (L,), "offset": (entries,)}
     need(set(shapes) == set(tensors), f"the tensors are {sorted(shapes)}")
@@ -325,11 +261,10 @@ def index_of(
         if not ok:
             raise IndexFormatError(f"{where} is damaged: {name} must be {rule}")
 
-    weight = _weight_from_json(header.get("weight"), weight, where)
-    floats = ("centroids", "ranking", "groups", "projection", "codewords", "leaf_offset", "offset")
-    for name in (*floats, "scale"):
-        if name in arrays:
-            need(np.isfinite(arrays[name]).all(), name, "finite")
+    weight = weight_from_json(header.get("weight"), weight, where)
+    for name, array in arrays.items():
+        if name != "rows" and array.dtype == np.float32:
+            need(np.isfinite(array).all(), name, "finite")
     n, tree, store = header["num_rows"], None, None
     if "ids" in arrays:
         need(arrays["ids"][:, 0].max(initial=0) < 2**31, "ids", "below 2^63")
@@ -343,9 +278,14 @@ def index_of(
             codes = _from_halves(codes, m)
         need(codes.max(initial=0) < k, "codes", f"below num_codewords, {k}")
         leaf_offset, offset = arrays.get("leaf_offset"), arrays.get("offset")
+        levels, gains = arrays.get("levels"), arrays.get("gains")
+        if levels is not None and gains is not None:
+            need(levels[0] > 0 and (np.diff(levels) >= 0).all(), "levels", "positive and rising")
+            need(gains.max(initial=0) < len(levels), "gains", f"below {len(levels)}")
         if (copies := header["codec"].get("copies", 1)) > 1:
             leaves, codes = leaves.reshape(n, copies), codes.reshape(n, copies, m)
             offset = None if offset is None else offset.reshape(n, copies)
+            gains = None if gains is None else gains.reshape(n, copies)
         groups, axes = None, arrays.get("projection")
         if "groups" in arrays:
             starts = arrays["group_starts"]
@@ -366,9 +306,10 @@ def index_of(
         tree = pack_tree(
             jnp.asarray(arrays["centroids"]),
             leaves,
-            book,
+            book if levels is None else Scaled(book, jnp.asarray(levels)),
             codes,
             offset,
+            gains=gains,
             ranking=arrays.get("ranking"),
             leaf_offset=None if leaf_offset is None else jnp.asarray(leaf_offset),
             groups=groups,

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64, UInt32
 
 from avq_jax.mips.projection import project
-from avq_jax.quantization import AdditiveCodebook, Codebook
+from avq_jax.quantization import AdditiveCodebook, Codebook, Scaled
 from xla_kernels import PackedTree
 
 __all__ = ["BytesPerRow", "Index", "Tree", "user_ids"]
@@ -21,7 +21,8 @@ class BytesPerRow(NamedTuple):
     """Bytes of memory a row; the sum is that of all arrays over the number of rows.
 
     Attributes:
-      codes: packed codes of all its copies, with the padding of leaves to whole blocks.
+      codes: packed codes of all its copies, with the padding of leaves to whole blocks, and their
+        scales, one byte each.
       slots: row numbers, offsets and marks of the places in leaves.
       rows: the stored row and, for int8, its step.
       ids: user id.
@@ -48,7 +49,7 @@ class BytesPerRow(NamedTuple):
 class Tree(NamedTuple):
     """Quantized rows in leaves; a pytree.
 
-    A row of leaf l is approximated by ``centroids[l] + decode(codes)``.
+    A row of leaf l is approximated by ``centroids[l] + decode(codec, codes)``.
 
     Attributes:
       packed: what a scan reads, in the layout of this machine; see
@@ -99,6 +100,12 @@ class Tree(NamedTuple):
             return AdditiveCodebook(words, self.kicks)
         return Codebook(words, dim=self.width)
 
+    @property
+    def codec(self) -> Codebook | AdditiveCodebook | Scaled:
+        """The codebook, inside a :class:`avq_jax.Scaled` where rows have a scale."""
+        gains = self.packed.gains
+        return self.codebook if gains is None else Scaled(self.codebook, gains.levels)
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -142,10 +149,10 @@ class Index:
 
     @property
     def code_bytes(self) -> float:
-        """Bytes of the codes of a row, at log2(k) bits a subspace, without the rescoring row."""
+        """Bytes of a row's codes, at log2(k) bits each, and scale, without the rescoring row."""
         if self.tree is None:
             return 0.0
-        return self.tree.codebook.bits / 8 + (0 if self.tree.offset is None else 4)
+        return self.tree.codec.bits / 8 + (0 if self.tree.offset is None else 4)
 
     @property
     def bytes_per_row(self) -> BytesPerRow:
@@ -159,7 +166,8 @@ class Index:
             return BytesPerRow(0.0, 0.0, each(self.store), each(self.ids), 0.0)
         packed, rest = self.tree.packed, self.tree[1:]
         slots = (packed.slot_rows, packed.usable, packed.slot_offset)
-        codes, places = each(packed.codes), each(*slots)
+        scales = None if packed.gains is None else packed.gains.level
+        codes, places = each(packed.codes, scales), each(*slots)
         return BytesPerRow(
             codes,
             places,
@@ -182,12 +190,13 @@ class Index:
         kind = "first" if self.tree.projection is None else "principal"
         scanned = "" if self.tree.width == self.dim else f", {self.tree.width} {kind} dimensions"
         codes = "codes" if isinstance(book, Codebook) else "additive codes"
-        groups = self.tree.packed.groups
+        gains, groups = self.tree.packed.gains, self.tree.packed.groups
+        scale = "" if gains is None else f", a scale of {len(gains.levels).bit_length() - 1} bits"
         upper = "" if groups is None else f" in {groups.vectors.shape[0]} groups"
         return (
             f"{head}{scanned}, {self.num_leaves} leaves{upper} of which {self.leaves_to_search} "
             "are searched, "
-            f"{codes} {book.num_subspaces} x {book.num_codewords} "
+            f"{codes} {book.num_subspaces} x {book.num_codewords}{scale} "
             f"({self.code_bytes:g} bytes a row) under {_printable(self.weight)}, "
             f"rescoring rows {kept})"
         )

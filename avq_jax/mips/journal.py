@@ -27,6 +27,7 @@ class Learned(NamedTuple):
     groups: Any
     group_starts: Any
     projection: Any
+    levels: Any
     T: Any
 
 

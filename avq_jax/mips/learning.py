@@ -30,15 +30,21 @@ from avq_jax.progress import steps
 from avq_jax.quantization import (
     AdditiveCodebook,
     Codebook,
+    Codes,
+    Scaled,
     decode,
     encode,
     fit,
     fit_additive,
+    fit_scale,
 )
+from avq_jax.quantization.scale import level_numbers
 
 __all__ = [
     "CENTROID_ETA",
     "ONE_DEVICE",
+    "Codec",
+    "Encoded",
     "Workers",
     "as_pytree",
     "build_tree",
@@ -56,9 +62,30 @@ _ROUNDS = 16
 CENTROID_ETA = 2.5
 
 
-def row_codes(codebook: Codebook | AdditiveCodebook, x: Any, terms: dict[str, Any]) -> Any:
-    """Codes ``uint8[n, m]`` of rows under what :func:`loss_terms` gives of them."""
-    return encode(codebook, x, **terms).codes
+Codec = Codebook | AdditiveCodebook | Scaled
+
+
+def row_codes(codec: Codec, x: Any, terms: dict[str, Any]) -> tuple[Any, Any]:
+    """Codes ``uint8[n, m]`` of rows under what :func:`loss_terms` gives of them.
+
+    With them ``uint8[n]`` numbers of their gains, or ``None``.
+    """
+    found = encode(codec, x, **terms)
+    return found.codes, level_numbers(codec, found.gain) if isinstance(codec, Scaled) else None
+
+
+class Encoded(NamedTuple):
+    """Rows as files and :func:`avq_jax.mips.packing.pack_tree` have them, an axis more for copies.
+
+    Attributes:
+      codes: ``uint8[n, m]`` or ``[n, c, m]``.
+      offset: ``float32[n]`` or ``[n, c]`` for L2, else ``None``.
+      gains: ``uint8[n]`` or ``[n, c]`` numbers of levels of a scale, or ``None``.
+    """
+
+    codes: np.ndarray
+    offset: np.ndarray | None
+    gains: np.ndarray | None
 
 
 class Workers(NamedTuple):
@@ -243,7 +270,7 @@ def build_tree(
         "num_codewords": options.num_codewords, "num_iterations": options.num_iterations,
         "progress": progress, **terms(few),
     }  # fmt: skip
-    codebook: Codebook | AdditiveCodebook
+    codebook: Any
     if options.codec == "additive":
         codebook, _ = fit_additive(
             key_codes, residual, num_codebooks=m, num_rounds=_ROUNDS, **learner
@@ -251,13 +278,17 @@ def build_tree(
     else:
         state, _ = workers.fit(key_codes, residual, num_subspaces=m, **learner)
         codebook = state.codebook
+    codec: Codec = codebook
+    if options.scale is not None:
+        codec = fit_scale(codebook, residual, bits=options.scale, **terms(few))
 
     if options.soar_lambda is not None and len(center) > 1:
         leaves = _with_second(x, leaves, vectors, options.soar_lambda, workers)
-    codes, offset = encode_leaves(
-        x, leaves, center, codebook, terms, metric, progress, codes=workers.codes
-    )
-    return pack_tree(centroids, leaves, codebook, codes, offset, ranking=ranking, groups=groups)
+    found = encode_leaves(x, leaves, center, codec, terms, metric, progress, codes=workers.codes)
+    return pack_tree(
+        centroids, leaves, codec, found.codes, found.offset,
+        gains=found.gains, ranking=ranking, groups=groups,
+    )  # fmt: skip
 
 
 def _with_second(
@@ -281,37 +312,37 @@ def encode_leaves(
     x: np.ndarray,
     leaves: np.ndarray,
     center: np.ndarray,
-    codebook: Codebook | AdditiveCodebook,
+    codec: Codec,
     terms: Any,
     metric: str,
     progress: bool | None,
     *,
     codes: Callable[..., Any] = row_codes,
-) -> tuple[np.ndarray, Any]:
+) -> Encoded:
     """Codes of the residuals of rows in their leaves and, for L2, offsets.
 
     Args:
       x: ``[n, p]`` rows as they are quantized.
       leaves: ``int32[n]``, or ``[n, c]`` of c copies.
       center: ``[L, p]``.
-      codebook: of the residuals.
+      codec: of the residuals.
       terms: from :func:`loss_terms`, or :func:`scanned_terms`.
       metric: as of ``build``.
       progress: as of ``build``.
       codes: of :class:`Workers`.
 
     Returns:
-      ``uint8[n, m]`` or ``[n, c, m]``, and ``float32[n]`` or ``[n, c]``, or ``None``.
+      :class:`Encoded`.
     """
     if leaves.ndim == 2:
         each = [
-            encode_leaves(x, copy, center, codebook, terms, metric, progress, codes=codes)
+            encode_leaves(x, copy, center, codec, terms, metric, progress, codes=codes)
             for copy in leaves.T
         ]
-        both = np.stack([found for found, _ in each], axis=1)
-        return both, None if metric != "l2" else np.stack([one for _, one in each], axis=1)
+        return jax.tree.map(lambda *copies: np.stack(copies, axis=1), *each)
     n = x.shape[0]
-    found = np.empty((n, codebook.num_subspaces), np.uint8)
+    found = np.empty((n, codec.num_subspaces), np.uint8)
+    gains = np.empty(n, np.uint8) if isinstance(codec, Scaled) else None
     offset = np.empty(n, np.float32) if metric == "l2" else None
     starts = range(0, n, _CHUNK)
     for step in steps(len(starts), "encoding", progress):
@@ -319,8 +350,11 @@ def encode_leaves(
         start = max(0, min(starts[step], n - _CHUNK))
         i = np.arange(start, min(n, start + _CHUNK))
         residual = x[i] - center[leaves[i]]
-        found[i] = codes(codebook, residual, terms(i))
+        found[i], level = codes(codec, residual, terms(i))
+        scale = None
+        if gains is not None and isinstance(codec, Scaled):
+            gains[i], scale = level, jnp.asarray(codec.levels)[jnp.asarray(level, jnp.int32)]
         if offset is not None:
-            left = residual - np.asarray(decode(codebook, found[i]))
+            left = residual - np.asarray(decode(codec, Codes(jnp.asarray(found[i]), scale)))
             offset[i] = np.sum(x[i] * left, axis=1) - 0.5 * np.sum(x[i] * x[i], axis=1)
-    return found, offset
+    return Encoded(found, offset, gains)

@@ -11,9 +11,10 @@ from avq_jax.mips.partition import check_slots
 from avq_jax.mips.projection import METHODS, Method
 from xla_kernels import slots_per_block
 
-__all__ = ["Codec", "TreeOptions", "group_count", "tree_options", "tree_sizes"]
+__all__ = ["SCALE_BITS", "Codec", "TreeOptions", "group_count", "tree_options", "tree_sizes"]
 
 Codec = Literal["product", "additive"]
+SCALE_BITS = (4, 8)
 
 # Below this many rows exact scoring is as fast as anything, and below this many a scan of all
 # codes, which loses no row to an unprobed leaf.
@@ -42,6 +43,7 @@ class TreeOptions(NamedTuple):
       scanned_dim: p, ``None`` for whole rows.
       projection: to p dimensions.
       codec: ``"product"`` or ``"additive"``.
+      scale: bits of a scale a row, ``None`` for none.
     """
 
     num_leaves: int
@@ -56,6 +58,7 @@ class TreeOptions(NamedTuple):
     scanned_dim: int | None = None
     projection: Method = "pca"
     codec: Codec = "product"
+    scale: int | None = None
 
 
 def tree_options(
@@ -75,6 +78,7 @@ def tree_options(
     projection: Any,
     balance: Any = None,
     codec: Any = "product",
+    scale: Any = None,
 ) -> TreeOptions | None:
     """Check the arguments of :func:`avq_jax.build` for ``[n, d]`` rows; called by what users call.
 
@@ -100,6 +104,8 @@ def tree_options(
         raise ValueError(f"balance must be None or a finite number above 1; got {balance}")
     if not isinstance(codec, str) or codec not in get_args(Codec):
         raise ValueError(f"codec must be one of {', '.join(get_args(Codec))}; got {codec!r}")
+    if scale is not None and as_count(scale, name="scale") not in SCALE_BITS:
+        raise ValueError(f"scale must be None or its bits, 4 or 8; got {scale}")
     if not isinstance(projection, str) or projection not in METHODS:
         raise ValueError(f"projection must be one of {', '.join(METHODS)}; got {projection!r}")
     width = d if scanned_dim is None else as_count(scanned_dim, name="scanned_dim")
@@ -130,6 +136,7 @@ def tree_options(
         None if scanned_dim is None else width,
         cast("Method", projection),
         cast("Codec", codec),
+        None if scale is None else int(scale),
     )
 
 

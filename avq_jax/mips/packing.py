@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 import xla_kernels
 from avq_jax.mips.index import Tree
 from avq_jax.mips.partition import lay_out
-from avq_jax.quantization import AdditiveCodebook, Codebook
+from avq_jax.quantization import AdditiveCodebook, Codebook, Scaled
 from xla_kernels import slots_per_block, unpack_codes
 
 __all__ = ["CodedRows", "coded_rows", "pack_tree"]
@@ -26,20 +26,24 @@ class CodedRows(NamedTuple):
       leaves: ``int32[n]`` or ``[n, c]``, leaf of each row.
       codes: ``uint8[n, m]`` or ``[n, c, m]``.
       offset: ``float32[n]`` or ``[n, c]``, term of each row, or ``None``.
+      gains: ``uint8[n]`` or ``[n, c]``, numbers of the levels of a :class:`avq_jax.Scaled` codec,
+        or ``None``.
     """
 
     leaves: np.ndarray
     codes: np.ndarray
     offset: np.ndarray | None
+    gains: np.ndarray | None = None
 
 
 def pack_tree(
     centroids: Float[Array, "L d"],
     leaves: np.ndarray,
-    codebook: Codebook | AdditiveCodebook,
+    codec: Codebook | AdditiveCodebook | Scaled,
     codes: np.ndarray,
     offset: Any = None,
     *,
+    gains: Any = None,
     ranking: Any = None,
     leaf_offset: Any = None,
     groups: Any = None,
@@ -50,9 +54,10 @@ def pack_tree(
     Args:
       centroids: ``[L, d]``.
       leaves: ``int32[n]`` or ``[n, c]``, leaf of each row (or of its c copies), below L.
-      codebook: of the residuals.
+      codec: of the residuals.
       codes: ``uint8[n, m]`` or ``[n, c, m]`` in row order.
       offset: ``float32[n]`` or ``[n, c]``, term of each row (L2), or ``None``.
+      gains: ``uint8[n]`` or ``[n, c]`` numbers of the levels of a :class:`avq_jax.Scaled` codec.
       ranking: ``float32[L, d]`` vectors that rank leaves; ``None`` for the centroids.
       leaf_offset: ``float32[L]``; ``None`` makes it from the centroids where there are offsets.
       groups: vectors ``[G, d]`` and first leaves ``[G + 1]`` of groups of leaves, or ``None``.
@@ -62,6 +67,7 @@ def pack_tree(
       The :class:`Tree`; :func:`coded_rows` gives the arguments back.
     """
     copies = 1 if leaves.ndim == 1 else leaves.shape[1]
+    codebook = codec.codec if isinstance(codec, Scaled) else codec
     block = slots_per_block(codebook.num_codewords)
     layout = lay_out(leaves.reshape(-1), num_leaves=centroids.shape[0], block=block)
     entries = np.asarray(layout.slots)
@@ -70,6 +76,8 @@ def pack_tree(
         if leaf_offset is None:
             leaf_offset = -0.5 * jnp.sum(jnp.asarray(centroids) ** 2, axis=1)
         offset = np.where(entries >= 0, offset.reshape(-1)[at], 0)
+    if isinstance(codec, Scaled):
+        gains = (np.where(entries >= 0, gains.reshape(-1)[at], np.uint8(0)), codec.levels)
     packed = xla_kernels.pack_tree(
         centroids,
         layout.starts,
@@ -80,6 +88,7 @@ def pack_tree(
         leaf_offset=leaf_offset,
         slot_offset=offset,
         groups=groups,
+        gains=gains,
     )
     return Tree(packed, projection, getattr(codebook, "kicks", None))
 
@@ -120,4 +129,7 @@ def coded_rows(tree: Tree, num_rows: int) -> CodedRows:
     offset = None
     if tree.offset is not None:
         offset = np.asarray(tree.offset)[order].reshape(shape)
-    return CodedRows(leaf_of_slot[order].reshape(shape), codes, offset)
+    gains = None
+    if packed.gains is not None:
+        gains = np.asarray(packed.gains.level)[order].reshape(shape)
+    return CodedRows(leaf_of_slot[order].reshape(shape), codes, offset, gains)

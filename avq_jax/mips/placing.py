@@ -14,10 +14,11 @@ from avq_jax.mips.index import Tree
 from avq_jax.mips.partition import spill_losses
 from avq_jax.mips.projection import Scanned, scanned_rows
 from avq_jax.mips.rescoring import Store
-from avq_jax.quantization import decode, encode
+from avq_jax.quantization import Codes, Scaled, decode, encode
+from avq_jax.quantization.scale import level_numbers
 from xla_kernels.layout import put_code_rows
 
-__all__ = ["Place", "clear", "coded", "place", "put_rows", "put_slots", "scanned"]
+__all__ = ["Place", "SlotCodes", "clear", "coded", "place", "put_rows", "put_slots", "scanned"]
 
 # Leaves a row may go to, nearest first, before it is refused.
 _CHOICES = 8
@@ -124,14 +125,25 @@ def scanned(tree: Tree, x: Float[Array, "b d"], weight: Any, metric: str) -> Sca
     return scanned_rows(tree.projection, tree.width, x, scaling(weight, norms, dim=x.shape[1]))
 
 
-def coded(
-    tree: Tree, leaves: Int32[Array, " b"], rows: Scanned, weight: Any
-) -> tuple[Array, Array | None]:
-    """Codes ``uint8[b, m]`` of rows in their leaves and, for L2, offsets, as ``build`` has them."""
-    x = rows.rows
+class SlotCodes(NamedTuple):
+    """What slots hold beside row numbers: ``uint8[b, m]`` codes, offsets (L2), numbers of gains."""
+
+    codes: Any
+    offset: Any
+    gains: Any
+
+
+def coded(tree: Tree, leaves: Int32[Array, " b"], rows: Scanned, weight: Any) -> SlotCodes:
+    """Codes of rows in their leaves, as ``build`` has them."""
+    x, codec = rows.rows, tree.codec
     residual = x - tree.centroids[leaves]
+
+    def found(codes: Codes, offset: Any) -> SlotCodes:
+        gains = level_numbers(codec, codes.gain) if isinstance(codec, Scaled) else None
+        return SlotCodes(codes.codes, offset, gains)
+
     if rows.scaling is not None:
-        return encode(tree.codebook, residual, rows.scaling, direction=x).codes, None
+        return found(encode(codec, residual, rows.scaling, direction=x), None)
     norms = row_norms(x)
     # The lifted row (x, -||x||^2 / 2), whose last coordinate is not quantized.
     lifted = jnp.hypot(norms, 0.5 * norms * norms)
@@ -139,26 +151,29 @@ def coded(
     u = x / jnp.maximum(lifted, np.finfo(np.float32).tiny)[:, None]
     extra = QueryTerms(u[:, None, :], (each.parallel - each.orthogonal)[:, None])
     plain = Scaling(each.orthogonal, each.orthogonal)
-    codes = encode(tree.codebook, residual, scaling=plain, extra=extra).codes
-    left = residual - decode(tree.codebook, codes)
-    return codes, jnp.sum(x * left, axis=1) - 0.5 * jnp.sum(x * x, axis=1)
+    codes = encode(codec, residual, scaling=plain, extra=extra)
+    left = residual - decode(codec, codes)
+    return found(codes, jnp.sum(x * left, axis=1) - 0.5 * jnp.sum(x * x, axis=1))
 
 
 def put_slots(
-    tree: Tree, slots: Int32[Array, " b"], rows: Int32[Array, " b"], codes: Array, offset: Any
+    tree: Tree, slots: Int32[Array, " b"], rows: Int32[Array, " b"], found: SlotCodes
 ) -> Tree:
     """Write rows into free slots; slots below zero are skipped."""
     packed = tree.packed
     at = jnp.where(slots >= 0, slots, packed.slot_rows.shape[0])
     packed = packed._replace(
-        codes=put_code_rows(packed.codes, slots, codes),
+        codes=put_code_rows(packed.codes, slots, found.codes),
         slot_rows=packed.slot_rows.at[at].set(rows, mode="drop"),
         usable=packed.usable.at[0, at].set(True, mode="drop"),
     )
-    if offset is not None:
+    if found.offset is not None:
         packed = packed._replace(
-            slot_offset=packed.slot_offset.at[at].set(offset, mode="drop"),
+            slot_offset=packed.slot_offset.at[at].set(found.offset, mode="drop"),
         )
+    if found.gains is not None:
+        level = packed.gains.level.at[at].set(found.gains, mode="drop")
+        packed = packed._replace(gains=packed.gains._replace(level=level))
     return tree._replace(packed=packed)
 
 

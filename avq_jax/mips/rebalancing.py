@@ -182,7 +182,7 @@ def rebalance(
     norms = np.asarray(row_norms(x))
     if index.metric == "cosine":
         norms = (norms > 0).astype(np.float32)
-    old, groups = index.tree, index.tree.packed.groups
+    old, groups, gains = index.tree, index.tree.packed.groups, index.tree.packed.gains
     # The axes stay: they were chosen for the data, not for the rows of a moment.
     seen, terms = scanned_terms(
         old.projection, old.width, index.weight, norms, x, metric=index.metric
@@ -196,6 +196,7 @@ def rebalance(
         soar_lambda,
         num_groups=None if groups is None else groups.vectors.shape[0],
         codec="product" if isinstance(book, Codebook) else "additive",
+        scale=None if gains is None else gains.levels.shape[0].bit_length() - 1,
     )
     tree = build_tree(key, seen, terms, options, metric=index.metric, progress=progress)
     tree = tree._replace(projection=old.projection)

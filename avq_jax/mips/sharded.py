@@ -21,12 +21,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-import xla_kernels
 from avq_jax.checks import as_count, as_queries, is_traced
-from avq_jax.mips.capacity import held_slots
+from avq_jax.mips.capacity import held_slots, lay_out_again
 from avq_jax.mips.exact import SearchResult, power_of_two
 from avq_jax.mips.index import Index, Tree
-from avq_jax.mips.partition import lay_out
 from avq_jax.mips.searcher import search
 from avq_jax.quantization.rows import unit
 from xla_kernels import Implementation, PackedTree, best_rows, rescore_top_k, row_scores
@@ -130,30 +128,9 @@ def _split(a: Any, count: int, each: int) -> np.ndarray:
 
 def _part(index: Index, shard: int, count: int) -> PackedTree:
     """The tree of the rows of a shard, numbered from 0 in their order."""
-    packed = index.tree.packed
     held = held_slots(index.tree)
-    mine = held.rows % count == shard
-    layout = lay_out(held.leaves[mine], num_leaves=len(packed.starts) - 1, block=packed.block)
-    entries = np.asarray(layout.slots)
-    at, full = np.maximum(entries, 0), entries >= 0
-    if not mine.any():
-        codes = np.zeros((0, packed.codes.num_subspaces), np.uint8)
-        rows, offset = np.zeros(0, np.int32), None if held.offset is None else held.offset[:0]
-    else:
-        codes = held.codes[mine][at]
-        rows = np.where(full, held.rows[mine][at] // count, -1).astype(np.int32)
-        offset = None if held.offset is None else np.where(full, held.offset[mine][at], 0)
-    return xla_kernels.pack_tree(
-        packed.centroids,
-        layout.starts,
-        rows,
-        np.asarray(packed.codewords).transpose(0, 2, 1),
-        codes,
-        ranking=packed.ranking,
-        leaf_offset=index.tree.leaf_offset,
-        slot_offset=offset,
-        groups=None if packed.groups is None else (packed.groups.vectors, packed.groups.starts),
-    )
+    mine = held.part(held.rows % count == shard)
+    return lay_out_again(index.tree, mine, mine.rows // count).packed
 
 
 def _padded_tree(packed: PackedTree, slots: int) -> PackedTree:
@@ -168,7 +145,11 @@ def _padded_tree(packed: PackedTree, slots: int) -> PackedTree:
     offset = packed.slot_offset
     if offset.shape[0] or (packed.slot_rows.shape[0] == 0 and packed.leaf_offset.shape[0]):
         offset = np.pad(np.asarray(offset), (0, more))
+    gains = packed.gains
+    if gains is not None:
+        gains = gains._replace(level=np.pad(np.asarray(gains.level), (0, more)))
     return packed._replace(
+        gains=gains,
         codes=dataclasses.replace(codes, data=data, num_rows=slots),
         slot_offset=offset,
         slot_rows=np.pad(np.asarray(packed.slot_rows), (0, more), constant_values=-1),

@@ -29,7 +29,7 @@ __all__ = ["build_sharded"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _run(function: Callable[..., Any], rows: Any, rest: Any, mesh: Mesh, axis: str) -> Array:
+def _run(function: Callable[..., Any], rows: Any, rest: Any, mesh: Mesh, axis: str) -> Any:
     shared = PartitionSpec(axis)
     return jax.shard_map(
         function,
@@ -40,11 +40,11 @@ def _run(function: Callable[..., Any], rows: Any, rest: Any, mesh: Mesh, axis: s
     )(rows, rest)
 
 
-def _each_row(function: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., np.ndarray]:
+def _each_row(function: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., Any]:
     """Run a function of (leaves that have rows, leaves that have none) where the rows lie."""
     place = NamedSharding(mesh, PartitionSpec(axis))
 
-    def run(rows: Any, rest: Any) -> np.ndarray:
+    def run(rows: Any, rest: Any) -> Any:
         n = jax.tree.leaves(rows)[0].shape[0]
         more = -n % mesh.shape[axis]
 
@@ -53,7 +53,8 @@ def _each_row(function: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[.
             return jax.device_put(np.pad(a, ((0, more),) + ((0, 0),) * (a.ndim - 1)), place)
 
         found = _run(function, jax.tree.map(put, rows), jax.tree.map(np.asarray, rest), mesh, axis)
-        return np.asarray(multihost_utils.process_allgather(found, tiled=True))[:n]
+        whole = multihost_utils.process_allgather(found, tiled=True)
+        return jax.tree.map(lambda a: np.asarray(a)[:n], whole)
 
     return run
 
@@ -78,8 +79,8 @@ def _second(rows: Any, rest: Any) -> Array:
     return assign_second(*rows, *rest)
 
 
-def _codes(rows: Any, codebook: Any) -> Array:
-    return row_codes(codebook, *rows)
+def _codes(rows: Any, codec: Any) -> tuple[Array, Any]:
+    return row_codes(codec, *rows)
 
 
 def _workers(mesh: Mesh, axis: str) -> Workers:
@@ -102,7 +103,7 @@ def _workers(mesh: Mesh, axis: str) -> Workers:
         step,
         lambda x, centroids: first(x, centroids),
         lambda x, leaves, *rest: second((x, leaves), rest),
-        lambda codebook, x, terms: codes((x, terms), codebook),
+        lambda codec, x, terms: codes((x, terms), codec),
         fit,
         mesh.shape[axis],
     )
@@ -118,6 +119,7 @@ def build_sharded(
     num_leaves: int | None = None,
     num_subspaces: int | None = None,
     num_codewords: int = 16,
+    scale: Literal[4, 8] | None = None,
     weight: Weight | None = None,
     ids: Any = None,
     soar_lambda: float | Literal["auto"] | None = "auto",
@@ -147,6 +149,7 @@ def build_sharded(
       num_leaves: as of :func:`avq_jax.build`; ``None`` takes sqrt(n).
       num_subspaces: as of :func:`avq_jax.build`.
       num_codewords: as of :func:`avq_jax.build`.
+      scale: as of :func:`avq_jax.build`.
       weight: as of :func:`avq_jax.build`.
       ids: as of :func:`avq_jax.build`.
       soar_lambda: as of :func:`avq_jax.build`.
@@ -195,6 +198,7 @@ def build_sharded(
         num_groups=num_groups,
         scanned_dim=scanned_dim,
         projection=projection,
+        scale=scale,
     )
     if options is None:
         raise ValueError(f"x has {len(x)} rows, too few to learn codes from; use build")

@@ -51,7 +51,7 @@ from avq_jax.mips.row_source import (
 )
 from avq_jax.mips.safe_files import Spec
 from avq_jax.progress import steps
-from avq_jax.quantization import Codebook
+from avq_jax.quantization import Codebook, Scaled
 
 __all__ = ["build_to_disk"]
 
@@ -67,6 +67,7 @@ def build_to_disk(
     num_leaves: int | None = None,
     num_subspaces: int | None = None,
     num_codewords: int = 16,
+    scale: Literal[4, 8] | None = None,
     weight: Weight | None = None,
     ids: Any = None,
     soar_lambda: float | Literal["auto"] | None = "auto",
@@ -104,6 +105,7 @@ def build_to_disk(
       num_leaves: L; ``None`` takes sqrt(n).
       num_subspaces: as of :func:`avq_jax.build`.
       num_codewords: as of :func:`avq_jax.build`.
+      scale: as of :func:`avq_jax.build`.
       weight: as of :func:`avq_jax.build`.
       ids: as of :func:`avq_jax.build`.
       soar_lambda: as of :func:`avq_jax.build`.
@@ -150,6 +152,7 @@ def build_to_disk(
         num_groups=num_groups,
         scanned_dim=scanned_dim,
         projection=projection,
+        scale=scale,
     )
     if options is None:
         raise ValueError(f"source has {n} rows, too few to learn codes from; use build")
@@ -184,6 +187,7 @@ def build_to_disk(
             "group_starts": learned.group_starts,
             "projection": learned.projection,
             "codewords": learned.codewords,
+            "levels": learned.levels,
         }
         whole = {name: array for name, array in whole.items() if array.size}
         if tree.leaf_offset is not None:
@@ -249,19 +253,22 @@ def _learn(
         groups, starts = packed.groups.vectors, packed.groups.starts
     axes = np.zeros((0, 0), np.float32) if tree.projection is None else tree.projection
     words, default = tree.codebook.codewords, np.array([T], np.float32)
-    found = (packed.centroids, packed.ranking, words, groups, starts, axes, default)
+    levels = np.zeros(0, np.float32) if packed.gains is None else packed.gains.levels
+    found = (packed.centroids, packed.ranking, words, groups, starts, axes, levels, default)
     return Learned(*map(np.asarray, found))
 
 
 def _empty_tree(learned: Learned, metric: str) -> Tree:
     """The tree of no rows."""
     m, _, _ = learned.codewords.shape
+    book = Codebook(jnp.asarray(learned.codewords), learned.centroids.shape[1])
     return pack_tree(
         jnp.asarray(learned.centroids),
         np.zeros(0, np.int32),
-        Codebook(jnp.asarray(learned.codewords), learned.centroids.shape[1]),
+        Scaled(book, jnp.asarray(learned.levels)) if learned.levels.size else book,
         np.zeros((0, m), np.uint8),
         np.zeros(0, np.float32) if metric == "l2" else None,
+        gains=np.zeros(0, np.uint8) if learned.levels.size else None,
         ranking=learned.ranking if learned.ranking.size else None,
         groups=(learned.groups, learned.group_starts) if learned.groups.size else None,
         projection=jnp.asarray(learned.projection) if learned.projection.size else None,
@@ -276,17 +283,17 @@ def _encoded(
     norms = (norms > 0).astype(np.float32) if metric == "cosine" else norms
     seen, terms = scanned_terms(tree.projection, tree.width, weight, norms, x, metric=metric)
     leaves = row_leaves(seen, jnp.asarray(tree.ranking), soar_lambda)
-    book = tree.codebook
-    codes, offset = encode_leaves(
-        seen, leaves, np.asarray(tree.centroids), book, terms, metric, False
-    )
-    codes = codes.reshape(-1, book.num_subspaces)
+    codec = tree.codec
+    coded = encode_leaves(seen, leaves, np.asarray(tree.centroids), codec, terms, metric, False)
+    codes = coded.codes.reshape(-1, codec.num_subspaces)
     found = {
         "leaves": leaves.reshape(-1),
-        "codes": halves(codes) if book.num_codewords <= 16 else codes,
+        "codes": halves(codes) if codec.num_codewords <= 16 else codes,
     }
-    if offset is not None:
-        found["offset"] = offset.reshape(-1)
+    if coded.offset is not None:
+        found["offset"] = coded.offset.reshape(-1)
+    if coded.gains is not None:
+        found["gains"] = coded.gains.reshape(-1)
     if kind is not None:
         each = None if metric == "l2" else scaling(weight, norms, dim=x.shape[1])
         store = store_rows(x, kind, each)
@@ -305,6 +312,8 @@ def _shapes(n: int, d: int, options: TreeOptions, metric: str, kind: Any) -> dic
     }
     if metric == "l2":
         specs["offset"] = Spec("F32", (entries,), "")
+    if options.scale is not None:
+        specs["gains"] = Spec("U8", (entries,), "")
     if kind is not None:
         specs["rows"] = Spec(_TYPES[kind], (n, d), "")
         if kind == "int8":

@@ -275,8 +275,8 @@ def _put(index: Index, rows: Array, x: Array, soar_lambda: Any) -> Any:
             places.append(place(tree, taken, seen.rows, first.slots >= 0, first.leaves, factor))
         rows = jnp.where(places[-1].slots >= 0, rows, -1)
         for leaves, slots in places:
-            codes, offset = coded(tree, leaves, seen, index.weight)
-            tree = put_slots(tree, jnp.where(rows >= 0, slots, -1), rows, codes, offset)
+            found = coded(tree, leaves, seen, index.weight)
+            tree = put_slots(tree, jnp.where(rows >= 0, slots, -1), rows, found)
     store = index.store
     if store is not None:
         weights = None

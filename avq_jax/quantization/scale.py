@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from avq_jax.checks import as_count, is_traced
 from avq_jax.loss import QueryTerms, Scaling
@@ -28,7 +28,7 @@ from avq_jax.quantization.codebook import as_learning_rows
 from avq_jax.quantization.codec import Codes, Wrapper, decode, encode, lookup_table
 from avq_jax.quantization.rows import Rows
 
-__all__ = ["Scaled", "codes_without_gain", "fit_scale"]
+__all__ = ["Scaled", "codes_without_gain", "fit_scale", "level_numbers"]
 
 _LLOYD_ITERATIONS = 30
 
@@ -111,6 +111,17 @@ def _better(old: tuple, new: tuple) -> tuple[Array, Array, Array]:
     better = new[2] < old[2]
     codes = jnp.where(better[:, None], new[0], old[0])
     return codes, jnp.where(better, new[1], old[1]), jnp.where(better, new[2], old[2])
+
+
+def level_numbers(codec: Scaled, gain: Any) -> UInt8[Array, " n"]:
+    """Numbers of the levels that gains of :func:`~avq_jax.encode` are.
+
+    >>> import avq_jax
+    >>> codec = Scaled(avq_jax.Codebook(jnp.ones((1, 2, 1)), dim=1), jnp.array([0.5, 2.0]))
+    >>> level_numbers(codec, jnp.array([2.0, 0.5])).tolist()
+    [1, 0]
+    """
+    return jnp.searchsorted(codec.levels, jnp.asarray(gain)).astype(jnp.uint8)
 
 
 def codes_without_gain(codec: Any, rows: Rows, **options: Any) -> Codes:

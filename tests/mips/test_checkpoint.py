@@ -27,7 +27,13 @@ def assert_same(one, two, queries):
 @pytest.fixture(scope="module")
 def full(rows):
     """Everything that an index may have."""
-    options = {"rescore_dtype": "bfloat16", "scanned_dim": 8, "num_groups": 3, "soar_lambda": 1.0}
+    options = {
+        "rescore_dtype": "bfloat16",
+        "scanned_dim": 8,
+        "num_groups": 3,
+        "soar_lambda": 1.0,
+        "scale": 4,
+    }
     ids = 2**40 + np.arange(len(rows))
     return avq_jax.build(jax.random.key(0), rows, ids=ids, **options, **SIZES)
 

@@ -24,11 +24,11 @@ import safetensors.numpy
 import avq_jax
 from avq_jax import loss
 from avq_jax.mips import Index, io, safe_files, search
-from avq_jax.mips.file_format import UnknownWeight
 from avq_jax.mips.index import pack_ids, user_ids
 from avq_jax.mips.io import IndexFormatError, describe, load, save
 from avq_jax.mips.packing import coded_rows, pack_tree
 from avq_jax.mips.rescoring import store_rows
+from avq_jax.mips.weight_format import UnknownWeight
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 

@@ -158,7 +158,7 @@ def test_two_processes(index, queries, tmp_path):
         pytest.param(
             {"metric": "l2", "scanned_dim": 8, "projection": "prefix"}, marks=pytest.mark.full
         ),
-        pytest.param({"num_leaves": 1}, marks=pytest.mark.full),
+        pytest.param({"num_leaves": 1, "scale": 4}, marks=pytest.mark.full),
     ],
 )
 def test_sharded_build_is_that_of_one_device(rows, options, tmp_path):

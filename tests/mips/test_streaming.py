@@ -59,7 +59,7 @@ def test_same_index_from_any_source(rows, tmp_path, metric):
 @pytest.mark.parametrize(
     "options",
     [
-        {"scanned_dim": 8, "num_groups": 4, "spherical": True, "soar_lambda": 1.0},
+        {"scanned_dim": 8, "num_groups": 4, "spherical": True, "soar_lambda": 1.0, "scale": 8},
         pytest.param({"metric": "cosine", "rescore_dtype": "int8"}, marks=pytest.mark.full),
         pytest.param({"metric": "l2", "soar_lambda": 1.0, "num_groups": 4}, marks=pytest.mark.full),
         pytest.param(

@@ -325,6 +325,10 @@ void check_tree_search(Pool& pool) {
   const auto group_offset = floats(groups);
   const auto words = floats(m * width * num_codewords);
   const auto leaf_offset = floats(leaves), slot_offset = floats(slots);
+  const int64_t num_levels = up_to(1) == 0 ? 16 : 256;
+  const auto levels = floats(num_levels);
+  std::vector<uint8_t> level(static_cast<size_t>(slots));
+  for (uint8_t& one : level) one = static_cast<uint8_t>(up_to(255));  // beyond 16 they wrap around
   std::vector<float> scores(static_cast<size_t>(b * k));
   std::vector<int32_t> ids(static_cast<size_t>(b * k));
   a.queries = queries.data();
@@ -335,6 +339,11 @@ void check_tree_search(Pool& pool) {
   a.centroid_scale = 4000;
   if (up_to(1) == 0) a.leaf_offset = leaf_offset.data();
   if (up_to(1) == 0) a.slot_offset = slot_offset.data();
+  if (up_to(1) == 0 && slots > 0) {
+    a.slot_level = level.data();
+    a.levels = levels.data();
+    a.num_levels = num_levels;
+  }
   a.spread = spread.data();
   if (up_to(1) == 0) {
     a.num_groups = groups;
@@ -367,6 +376,30 @@ void check_tree_search(Pool& pool) {
   a.store = a.rescore > 0 ? StoreType::kFloat32 : StoreType::kNone;
   if (a.rescore == 0) a.num_rows = INT32_MAX;
   tree_search(a, pool);
+  for (int64_t q = 0; q < b && a.rescore == 0; ++q) {
+    for (int64_t j = 0; j < k; ++j) {
+      const auto at = static_cast<size_t>(q * k + j);
+      if (ids[at] < 0) continue;
+      const auto found = std::find(slot_rows.begin(), slot_rows.end(), ids[at]);
+      const int64_t slot = found - slot_rows.begin();
+      const float* query = queries.data() + q * dim;
+      double sum = 0, term = 0;
+      for (int64_t s = 0; s < m; ++s) {
+        const int64_t code = codes[static_cast<size_t>(slot * m + s)], step = width == dim ? 0 : width;
+        for (int64_t w = 0; w < width && s * step + w < dim; ++w) {
+          sum += query[s * step + w] * words[static_cast<size_t>((s * width + w) * num_codewords + code)];
+        }
+      }
+      if (a.slot_level != nullptr) {
+        sum *= levels[level[static_cast<size_t>(slot)] % static_cast<size_t>(num_levels)];
+      }
+      for (int64_t d = 0; d < dim; ++d) {
+        term += query[d] * centroids[static_cast<size_t>(leaf[static_cast<size_t>(ids[at])] * dim + d)];
+      }
+      if (a.slot_offset != nullptr) sum += slot_offset[static_cast<size_t>(slot)];
+      if (!(std::fabs(scores[at] - (sum + term)) < 1e-3)) fail("tree search: an estimate");
+    }
+  }
   for (int64_t q = 0; q < b; ++q) {
     std::vector<float> exact;
     for (int64_t i = 0; i < n; ++i) {

@@ -33,6 +33,7 @@ ffi::Error TreeSearch(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries,
                       ffi::Buffer<ffi::F32> group_scale, ffi::Buffer<ffi::F32> group_offset,
                       ffi::Buffer<ffi::S32> group_starts, ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::F32> codewords,
                       ffi::Buffer<ffi::U8> codes, ffi::Buffer<ffi::F32> slot_offset,
+                      ffi::Buffer<ffi::U8> slot_level, ffi::Buffer<ffi::F32> levels,
                       ffi::Buffer<ffi::S32> slot_rows, ffi::Buffer<ffi::PRED> usable,
                       ffi::AnyBuffer rows, ffi::Buffer<ffi::F32> row_scale,
                       ffi::Buffer<ffi::F32> row_queries, ffi::Result<ffi::Buffer<ffi::F32>> scores,
@@ -84,6 +85,11 @@ ffi::Error TreeSearch(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries,
   XLA_KERNELS_CHECK(view_codes(codes, slots[0], words[0], a.num_codewords, layout, &a.codes));
   XLA_KERNELS_REQUIRE(slots[0] % a.codes.block_rows() == 0, "slots must fill whole blocks");
   XLA_KERNELS_CHECK(check_shape(slot_offset, {slots[0]}, true, "slot_offset"));
+  XLA_KERNELS_CHECK(check_shape(slot_level, {slots[0]}, levels.element_count() == 0, "slot_level"));
+  XLA_KERNELS_REQUIRE(levels.dimensions().size() == 1 &&
+                          (levels.element_count() == 0 || levels.element_count() == 16 ||
+                           levels.element_count() == 256),
+                      "levels must be float32[0, 16 or 256], got " + shape_of(levels));
   const auto mask = usable.dimensions();
   XLA_KERNELS_REQUIRE(mask.size() == 2 && (mask[0] == 1 || mask[0] == a.num_queries) &&
                           mask[1] == slots[0],
@@ -141,6 +147,11 @@ ffi::Error TreeSearch(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries,
   a.starts = begin;
   a.codewords = codewords.typed_data();
   a.slot_offset = optional_row(slot_offset);
+  if (levels.element_count() > 0 && slots[0] > 0) {
+    a.slot_level = slot_level.typed_data();
+    a.levels = levels.typed_data();
+    a.num_levels = static_cast<int64_t>(levels.element_count());
+  }
   a.slot_rows = slot_rows.typed_data();
   a.usable = reinterpret_cast<const uint8_t*>(usable.typed_data());
   a.euclidean = euclidean;
@@ -175,6 +186,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_kernels_tree_search, TreeSearch,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()

@@ -15,13 +15,25 @@ struct ScanQuery {
   const uint8_t* valid = nullptr;    // one byte a row, or null
   // Added to every key: the rounded term of a tree leaf, in units of delta.
   int32_t shift = 0;
-  // With gains: score = gain * (centre + delta * q +- error) + offset.
-  float centre = 0, delta = 1, error = 0;
+  // With gains: score = gain * (centre + delta * q +- error) + offset + addend, where the addend is
+  // the term of a tree leaf, which no gain multiplies; the shift is 0 then.
+  float centre = 0, delta = 1, error = 0, addend = 0;
 };
 
+// Terms of the rows: gains as floats, or as numbers of one of 16 or 256 levels.
 struct RowTerms {
   const float* gain = nullptr;
   const float* offset = nullptr;
+  const uint8_t* level = nullptr;
+  const float* levels = nullptr;
+  int32_t num_levels = 0;
+
+  bool affine() const { return gain != nullptr || offset != nullptr || level != nullptr; }
+  // A number beyond the levels wraps around, on every path alike.
+  float gain_of(int64_t row) const {
+    if (level != nullptr) return levels[level[row] & (num_levels - 1)];
+    return gain != nullptr ? gain[row] : 1.0f;
+  }
 };
 
 // Appends to every query's collector the rows of blocks [begin, end) that pass its threshold.
@@ -78,9 +90,10 @@ inline void append_block(const int32_t* sums, int64_t count, const Codes& codes,
       if (key <= out.threshold) continue;
       out.low[out.size] = key;
     } else {
-      const float gain = terms.gain != nullptr ? terms.gain[row] : 1.0f;
+      const float gain = terms.gain_of(row);
       const float offset = terms.offset != nullptr ? terms.offset[row] : 0.0f;
-      const float middle = gain * (query.centre + query.delta * static_cast<float>(key)) + offset;
+      const float sum = query.centre + query.delta * static_cast<float>(key);
+      const float middle = gain * sum + (offset + query.addend);
       const float slack = (gain < 0 ? -gain : gain) * query.error +
                           4e-7f * (offset < 0 ? -offset : offset);
       const float above = middle + slack, below = middle - slack;

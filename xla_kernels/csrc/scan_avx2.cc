@@ -43,6 +43,49 @@ __attribute__((noinline)) void append(const Codes& codes, const RowTerms& terms,
   append_block(sums, 32, codes, terms, row, query);
 }
 
+// Whether any of 32 rows may matter by append_block's formula, which then looks again.
+inline bool any_affine(const RowTerms& terms, int64_t row, int64_t num_rows, const ScanQuery& query,
+                       __m256i low, __m256i high) {
+  if (row + 32 > num_rows) return true;
+  const __m256 delta = _mm256_set1_ps(query.delta), centre = _mm256_set1_ps(query.centre);
+  const __m256 error = _mm256_set1_ps(query.error), addend = _mm256_set1_ps(query.addend);
+  const __m256 bar = _mm256_set1_ps(query.collector->float_threshold);
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  __m256 found = _mm256_setzero_ps();
+  UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const __m256i half = j < 2 ? low : high;
+    const __m128i words = j % 2 == 0 ? _mm256_castsi256_si128(half) : _mm256_extracti128_si256(half, 1);
+    const __m256i keys = _mm256_add_epi32(_mm256_cvtepu16_epi32(words), _mm256_set1_epi32(query.shift));
+    __m256 gain = _mm256_set1_ps(1.0f), offset = _mm256_setzero_ps();
+    if (terms.level != nullptr) {
+      const __m128i eight =
+          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(terms.level + row + 8 * j));
+      const __m256i number = _mm256_cvtepu8_epi32(eight);
+      if (terms.num_levels == 16) {
+        // Each permutation takes the low three bits of a number; its fourth chooses between them.
+        const __m256 first = _mm256_permutevar8x32_ps(_mm256_loadu_ps(terms.levels), number);
+        const __m256 second = _mm256_permutevar8x32_ps(_mm256_loadu_ps(terms.levels + 8), number);
+        gain = _mm256_blendv_ps(first, second, _mm256_castsi256_ps(_mm256_slli_epi32(number, 28)));
+      } else {
+        gain = _mm256_i32gather_ps(terms.levels, number, 4);
+      }
+    } else if (terms.gain != nullptr) {
+      gain = _mm256_loadu_ps(terms.gain + row + 8 * j);
+    }
+    if (terms.offset != nullptr) offset = _mm256_loadu_ps(terms.offset + row + 8 * j);
+    const __m256 sum = _mm256_add_ps(centre, _mm256_mul_ps(delta, _mm256_cvtepi32_ps(keys)));
+    const __m256 middle = _mm256_add_ps(_mm256_mul_ps(gain, sum), _mm256_add_ps(offset, addend));
+    const __m256 slack =
+        _mm256_add_ps(_mm256_mul_ps(_mm256_andnot_ps(sign, gain), error),
+                      _mm256_mul_ps(_mm256_set1_ps(4e-7f), _mm256_andnot_ps(sign, offset)));
+    // Not less than: NaN passes, its exact score decides.
+    const __m256 above = _mm256_add_ps(middle, slack);
+    found = _mm256_or_ps(found, _mm256_cmp_ps(above, bar, _CMP_NLT_UQ));
+  }
+  return _mm256_movemask_ps(found) != 0;
+}
+
 template <int kQueries>
 __attribute__((always_inline)) inline void sum_part(const uint8_t* block, int64_t from, int64_t to, const ScanQuery* queries,
                      __m256i (&low)[kQueries], __m256i (&high)[kQueries]) {
@@ -110,7 +153,9 @@ void scan_blocks(const Codes& codes, const RowTerms& terms, int64_t begin, int64
     sum_part<kQueries>(block, 0, codes.groups, queries, low, high);
     UNROLL
     for (int q = 0; q < kQueries; ++q) {
-      if (!kAffine) {
+      if (kAffine) {
+        if (!any_affine(terms, i * 32, codes.num_rows, queries[q], low[q], high[q])) continue;
+      } else {
         // Sums are below 2^16: skip the block unless max(sum, bar) exceeds bar, unsigned.
         const int64_t bar = static_cast<int64_t>(queries[q].collector->threshold) - queries[q].shift;
         if (bar >= 65535) continue;
@@ -143,7 +188,7 @@ void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
           int64_t stride, const ScanQuery* queries, int64_t num_queries) {
   if (codes.layout != Layout::kLanes) {
     portable_kernels()->scan(codes, terms, begin, end, end, stride, queries, num_queries);
-  } else if (terms.gain != nullptr || terms.offset != nullptr) {
+  } else if (terms.affine()) {
     scan_all<true>(codes, terms, begin, end, queries, num_queries);
   } else {
     scan_all<false>(codes, terms, begin, end, queries, num_queries);

@@ -35,6 +35,8 @@ void expand(const uint8_t* rounded, Layout layout, int64_t groups, int64_t strid
 
 TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,bmi2,popcnt")
 
+#include "affine_avx512.inc"
+
 // 128 groups: 128 pairs of at most 254 a lane, and two lanes are added at the end.
 constexpr int64_t kPart = 128;
 
@@ -73,6 +75,21 @@ inline void sum_part(const uint8_t* block, int64_t from, int64_t to, const ScanQ
   }
 }
 
+template <bool kAffine>
+inline void append_sums(const int32_t* sums, const Codes& codes, const RowTerms& terms, int64_t row,
+                        const ScanQuery& query) {
+  if (!kAffine) {
+    append_block(sums, 32, codes, terms, row, query);
+    return;
+  }
+  for (int64_t j = 0; j < 32 && row + j < codes.num_rows; j += 16) {
+    const __m512i keys =
+        _mm512_add_epi32(_mm512_loadu_si512(sums + j), _mm512_set1_epi32(query.shift));
+    const Terms16 own = load_terms(terms, row + j, codes.num_rows);
+    append_affine(query, keys, own, row + j, codes.num_rows);
+  }
+}
+
 template <int kQueries, bool kAffine>
 void scan_blocks(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
                  const ScanQuery* queries) {
@@ -96,12 +113,14 @@ void scan_blocks(const Codes& codes, const RowTerms& terms, int64_t begin, int64
         alignas(64) uint16_t part[32];
         _mm512_store_si512(part, sums[q]);
         for (int v = 0; v < 32; ++v) totals[q][v] = part[v] + (from == 0 ? 0 : totals[q][v]);
-        if (whole) append_block(totals[q], 32, codes, terms, i * 32, queries[q]);
+        if (whole) append_sums<kAffine>(totals[q], codes, terms, i * 32, queries[q]);
       }
     }
     if (codes.groups <= kPart) continue;
     UNROLL
-    for (int q = 0; q < kQueries; ++q) append_block(totals[q], 32, codes, terms, i * 32, queries[q]);
+    for (int q = 0; q < kQueries; ++q) {
+      append_sums<kAffine>(totals[q], codes, terms, i * 32, queries[q]);
+    }
   }
 }
 
@@ -122,7 +141,7 @@ void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
           int64_t stride, const ScanQuery* queries, int64_t num_queries) {
   if (codes.layout != Layout::kLanes) {
     portable_kernels()->scan(codes, terms, begin, end, end, stride, queries, num_queries);
-  } else if (terms.gain != nullptr || terms.offset != nullptr) {
+  } else if (terms.affine()) {
     scan_all<true>(codes, terms, begin, end, queries, num_queries);
   } else {
     scan_all<false>(codes, terms, begin, end, queries, num_queries);

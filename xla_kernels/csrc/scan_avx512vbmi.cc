@@ -36,20 +36,7 @@ inline void dot_accumulate(__m512i& sums, __m512i bytes, __m512i weights) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(bytes), "v"(weights));
 }
 
-inline __mmask16 valid_mask(const ScanQuery& query, int64_t row, int64_t num_rows) {
-  const int64_t left = num_rows - row;
-  if (left <= 0) return 0;
-  const auto tail = static_cast<__mmask16>(left >= 16 ? 0xffffu : (1u << left) - 1u);
-  if (query.valid == nullptr) return tail;
-  const __m128i bytes = _mm_maskz_loadu_epi8(tail, query.valid + row);
-  return _mm_test_epi8_mask(bytes, bytes);
-}
-
-inline void store_rows(Collector& out, __mmask16 mask, int64_t row) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(row)), lanes);
-  _mm512_storeu_si512(out.rows + out.size, _mm512_maskz_compress_epi32(mask, ids));
-}
+#include "affine_avx512.inc"
 
 // Appends the lanes of mask. A whole vector is stored: make_room() leaves space for it.
 __attribute__((noinline)) void append(const ScanQuery& query, __m512i keys, __mmask16 mask,
@@ -63,57 +50,78 @@ __attribute__((noinline)) void append(const ScanQuery& query, __m512i keys, __mm
   out.make_room();
 }
 
-inline __m512i ordered16(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i flip = _mm512_and_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(0x7fffffff));
-  return _mm512_xor_si512(bits, flip);
-}
-
-// With gains: bounds of 16 float scores; see append_block for the formula.
-inline void append_affine(const ScanQuery& query, __m512i keys, const RowTerms& terms, int64_t row,
-                          int64_t num_rows) {
-  Collector& out = *query.collector;
-  const int64_t left = num_rows - row;
-  if (left <= 0) return;
-  const auto tail = static_cast<__mmask16>(left >= 16 ? 0xffffu : (1u << left) - 1u);
-  const __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(query.delta), _mm512_cvtepi32_ps(keys),
-                                     _mm512_set1_ps(query.centre));
-  const __m512 gain = terms.gain != nullptr ? _mm512_maskz_loadu_ps(tail, terms.gain + row)
-                                            : _mm512_set1_ps(1.0f);
-  const __m512 offset =
-      terms.offset != nullptr ? _mm512_maskz_loadu_ps(tail, terms.offset + row) : _mm512_setzero_ps();
-  const __m512 middle = _mm512_fmadd_ps(gain, sum, offset);
-  const __m512 slack =
-      _mm512_fmadd_ps(_mm512_abs_ps(gain), _mm512_set1_ps(query.error),
-                      _mm512_mul_ps(_mm512_abs_ps(offset), _mm512_set1_ps(4e-7f)));
-  const __m512 above = _mm512_add_ps(middle, slack), below = _mm512_sub_ps(middle, slack);
-  // Not less than: NaN passes, its exact score decides.
-  __mmask16 mask = _mm512_mask_cmp_ps_mask(tail, above, _mm512_set1_ps(out.float_threshold),
-                                           _CMP_NLT_UQ);
-  if (mask == 0) return;
-  mask &= valid_mask(query, row, num_rows);
-  if (mask == 0) return;
-  const __mmask16 below_nan = _mm512_cmp_ps_mask(below, below, _CMP_UNORD_Q);
-  const __mmask16 above_nan = _mm512_cmp_ps_mask(above, above, _CMP_UNORD_Q);
-  const __m512i low = _mm512_mask_mov_epi32(ordered16(below), below_nan, _mm512_set1_epi32(INT32_MIN));
-  const __m512i high = _mm512_mask_mov_epi32(ordered16(above), above_nan, _mm512_set1_epi32(INT32_MAX));
-  _mm512_storeu_si512(out.low + out.size, _mm512_maskz_compress_epi32(mask, low));
-  _mm512_storeu_si512(out.high + out.size, _mm512_maskz_compress_epi32(mask, high));
-  store_rows(out, mask, row);
-  out.size += _mm_popcnt_u32(mask);
-  out.make_room();
-}
-
-template <bool kAffine>
-inline void collect(const ScanQuery& query, __m512i keys, const RowTerms& terms, int64_t row,
-                    int64_t num_rows) {
-  if (kAffine) {
-    append_affine(query, keys, terms, row, num_rows);
-    return;
-  }
+inline void collect(const ScanQuery& query, __m512i keys, int64_t row, int64_t num_rows) {
   const __m512i bar = _mm512_set1_epi32(query.collector->threshold);
   const __mmask16 mask = _mm512_cmpgt_epi32_mask(keys, bar);
   if (__builtin_expect(mask != 0, 0)) append(query, keys, mask, row, num_rows);
+}
+
+__attribute__((noinline)) void append_leveled(const ScanQuery& query, __m512i keys,
+                                              const RowTerms& terms, int64_t row, int64_t num_rows) {
+  append_affine(query, keys, load_terms(terms, row, num_rows), row, num_rows);
+}
+
+// With numbered gains and nothing else, as the leaves of a tree have them: no bounds but the scores.
+template <int kQueries, int kVectors>
+__attribute__((always_inline)) inline void collect_leveled(
+    const ScanQuery* queries, const __m512i (&keys)[kQueries][kVectors], const RowTerms& terms,
+    int64_t row, int64_t num_rows) {
+  __m512 gain[kVectors];
+  UNROLL
+  for (int j = 0; j < kVectors; ++j) gain[j] = load_terms(terms, row + 16 * j, num_rows).gain;
+  UNROLL
+  for (int q = 0; q < kQueries; ++q) {
+    const ScanQuery& query = queries[q];
+    const __m512 delta = _mm512_set1_ps(query.delta), centre = _mm512_set1_ps(query.centre);
+    const __m512 addend = _mm512_set1_ps(query.addend);
+    const __m512 bar = _mm512_set1_ps(query.collector->float_threshold);
+    __mmask16 mask[kVectors], any = 0;
+    UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      const __m512 sum = _mm512_fmadd_ps(delta, _mm512_cvtepi32_ps(keys[q][j]), centre);
+      mask[j] = _mm512_cmp_ps_mask(_mm512_fmadd_ps(gain[j], sum, addend), bar, _CMP_NLT_UQ);
+      any |= mask[j];
+    }
+    if (__builtin_expect(any == 0, 1)) continue;
+    UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      if (mask[j] != 0) append_leveled(query, keys[q][j], terms, row + 16 * j, num_rows);
+    }
+  }
+}
+
+// Sums of kVectors times 16 rows for kQueries queries, the terms of the rows read once for all.
+template <int kQueries, int kVectors, bool kAffine>
+__attribute__((always_inline)) inline void collect_all(const ScanQuery* queries,
+                                                       const __m512i (&keys)[kQueries][kVectors],
+                                                       const RowTerms& terms, int64_t row,
+                                                       int64_t num_rows) {
+  if (kAffine) {
+    if (terms.level != nullptr && terms.offset == nullptr) {
+      collect_leveled(queries, keys, terms, row, num_rows);
+      return;
+    }
+    UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      const Terms16 own = load_terms(terms, row + 16 * j, num_rows);
+      if (own.tail == 0) return;
+      UNROLL
+      for (int q = 0; q < kQueries; ++q) {
+        append_affine(queries[q], keys[q][j], own, row + 16 * j, num_rows);
+      }
+    }
+    return;
+  }
+  UNROLL
+  for (int q = 0; q < kQueries; ++q) {
+    // One test for all rows: most hold none that matters.
+    const __m512i bar = _mm512_set1_epi32(queries[q].collector->threshold);
+    __m512i most = keys[q][0];
+    for (int j = 1; j < kVectors; ++j) most = _mm512_max_epi32(most, keys[q][j]);
+    if (__builtin_expect(_mm512_cmpgt_epi32_mask(most, bar) == 0, 1)) continue;
+    UNROLL
+    for (int j = 0; j < kVectors; ++j) collect(queries[q], keys[q][j], row + 16 * j, num_rows);
+  }
 }
 
 // kQueries queries share the indices of kBlocks blocks, which never leave the registers.
@@ -155,20 +163,7 @@ __attribute__((always_inline)) inline void scan_dwords(const Codes& codes, const
       }
     }
   }
-  UNROLL
-  for (int q = 0; q < kQueries; ++q) {
-    if (!kAffine) {
-      // One test for all blocks: most hold no row that matters.
-      const __m512i bar = _mm512_set1_epi32(queries[q].collector->threshold);
-      __m512i most = sums[q][0];
-      for (int b = 1; b < 2 * kBlocks; ++b) most = _mm512_max_epi32(most, sums[q][b]);
-      if (__builtin_expect(_mm512_cmpgt_epi32_mask(most, bar) == 0, 1)) continue;
-    }
-    UNROLL
-    for (int b = 0; b < 2 * kBlocks; ++b) {
-      collect<kAffine>(queries[q], sums[q][b], terms, i * 32 + 16 * b, codes.num_rows);
-    }
-  }
+  collect_all<kQueries, 2 * kBlocks, kAffine>(queries, sums, terms, i * 32, codes.num_rows);
 }
 
 template <int kQueries, int kBlocks, bool kAffine>
@@ -177,8 +172,9 @@ void range_dwords(const Codes& codes, const RowTerms& terms, int64_t begin, int6
   // Codes of no subspaces fill no bytes.
   const int64_t ahead = kPrefetchBytes / (64 * codes.groups + 1) + 1;
   const auto soon = [&](int64_t i) {
-    const int64_t later = i + ahead;
-    return codes.block(later < end ? later : next + (later - end));
+    const int64_t later = i + ahead < end ? i + ahead : next + (i + ahead - end);
+    if (kAffine && terms.level != nullptr) __builtin_prefetch(terms.level + 32 * later);
+    return codes.block(later);
   };
   int64_t i = begin;
   for (; i + kBlocks <= end; i += kBlocks) {
@@ -249,13 +245,7 @@ void scan_bytes(const Codes& codes, const RowTerms& terms, int64_t i, const Scan
       }
     }
   }
-  UNROLL
-  for (int q = 0; q < kQueries; ++q) {
-    UNROLL
-    for (int j = 0; j < 4; ++j) {
-      collect<kAffine>(queries[q], keys[q][j], terms, i * 64 + 16 * j, codes.num_rows);
-    }
-  }
+  collect_all<kQueries, 4, kAffine>(queries, keys, terms, i * 64, codes.num_rows);
 }
 
 template <int kQueries, bool kAffine>
@@ -296,7 +286,7 @@ void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
           int64_t stride, const ScanQuery* queries, int64_t num_queries) {
   if (codes.layout == Layout::kLanes) {
     portable_kernels()->scan(codes, terms, begin, end, next, stride, queries, num_queries);
-  } else if (terms.gain != nullptr || terms.offset != nullptr) {
+  } else if (terms.affine()) {
     scan_all<true>(codes, terms, begin, end, next, stride, queries, num_queries);
   } else {
     scan_all<false>(codes, terms, begin, end, next, stride, queries, num_queries);
@@ -309,11 +299,11 @@ void dot_blocks(const ByteRows& rows, const RowTerms& terms, int64_t begin, int6
                 const ScanQuery* queries) {
   for (int64_t i = begin; i < end; ++i) {
     const uint8_t* block = rows.block(i);
-    __m512i sums[kQueries];
+    __m512i sums[kQueries][1];
     const int8_t* components[kQueries];
     UNROLL
     for (int q = 0; q < kQueries; ++q) {
-      sums[q] = _mm512_set1_epi32(queries[q].shift);
+      sums[q][0] = _mm512_set1_epi32(queries[q].shift);
       components[q] = static_cast<const int8_t*>(queries[q].table);
     }
     for (int64_t g = 0; g < rows.groups; ++g) {
@@ -323,14 +313,11 @@ void dot_blocks(const ByteRows& rows, const RowTerms& terms, int64_t begin, int6
       for (int q = 0; q < kQueries; ++q) {
         int32_t four;
         __builtin_memcpy(&four, components[q] + 4 * g, 4);
-        dot_accumulate(sums[q], bytes, _mm512_set1_epi32(four));
+        dot_accumulate(sums[q][0], bytes, _mm512_set1_epi32(four));
       }
     }
-    UNROLL
-    for (int q = 0; q < kQueries; ++q) {
-      // The shift is in the sum already.
-      collect<kAffine>(queries[q], sums[q], terms, i * 16, rows.num_rows);
-    }
+    // The shift is in the sums already.
+    collect_all<kQueries, 1, kAffine>(queries, sums, terms, i * 16, rows.num_rows);
   }
 }
 

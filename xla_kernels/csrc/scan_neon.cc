@@ -51,7 +51,7 @@ void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
     portable_kernels()->scan(codes, terms, begin, end, end, stride, queries, num_queries);
     return;
   }
-  const bool affine = terms.gain != nullptr || terms.offset != nullptr;
+  const bool affine = terms.affine();
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t q = 0; q < num_queries; ++q) {
       const ScanQuery& query = queries[q];

@@ -65,7 +65,7 @@ struct Leaf {
   float score;
 };
 
-// Float estimates of slots: <q, centroid> + sum of table entries (+ offset).
+// Float estimates of slots: <q, centroid> + (gain *) sum of table entries (+ offset).
 struct SlotScorer final : ExactScorer {
   const TreeSearchArguments* a = nullptr;
   const TreeKernels* tree = nullptr;
@@ -79,7 +79,8 @@ struct SlotScorer final : ExactScorer {
     const int64_t leaf =
         std::upper_bound(a->starts, a->starts + a->num_leaves + 1, block) - a->starts - 1;
     const float shared = tree->dot(query, a->centroids + leaf * a->dim, a->dim);
-    const float sum = exact_score(table, a->num_codewords, a->codes, nullptr, nullptr, slot);
+    float sum = exact_score(table, a->num_codewords, a->codes, nullptr, nullptr, slot);
+    if (a->slot_level != nullptr) sum *= a->levels[a->slot_level[slot] & (a->num_levels - 1)];
     return shared + sum + (a->slot_offset != nullptr ? a->slot_offset[slot] : 0.0f);
   }
   int32_t place(int32_t slot) const override { return a->slot_rows[slot]; }
@@ -96,10 +97,10 @@ struct Search {
   bool finite = true;
 };
 
-// A query that probes a leaf.
+// A query that probes a leaf, and the score of the leaf.
 struct Visit {
   int32_t search;
-  int32_t shift;
+  float score;
 };
 
 // Buffers of a thread, kept from one call to the next: allocating them costs a single query more
@@ -134,6 +135,7 @@ class Worker {
         pairs_((a.dim + 1) / 2),
         spilled_(a.rescore > 0 && a.retrieve > a.rescore),
         adaptive_(a.deviations < std::numeric_limits<float>::infinity()),
+        terms_{nullptr, a.slot_offset, a.slot_level, a.levels, static_cast<int32_t>(a.num_levels)},
         first_(adaptive_ ? kSure : kFirst),
         // Without rescoring the byte tables choose a few more than k for the float tables to rank.
         kept_(std::min(a.rescore > 0 ? std::max(a.retrieve, a.rescore) : 2 * a.k + 32,
@@ -172,13 +174,18 @@ class Worker {
     search.scorer.query = query;
     search.scorer.table = table;
     search.collector.start(kept_, Collector::capacity_for(kept_, a_.codes.num_rows),
-                           a_.slot_offset != nullptr, 0, search.bounds.base, search.bounds.delta,
+                           terms_.affine(), 0, search.bounds.base, search.bounds.delta,
                            &search.scorer, scan_.count);
     search.collector.ascending = false;
     search.query.table = expanded;
     search.query.collector = &search.collector;
     search.query.valid = a_.usable + (a_.usable_queries == 1 ? 0 : q * a_.codes.num_rows);
     search.query.centre = search.bounds.base;
+    // Entries that are rounded down lie half a step lower in the mean. Without gains that is the
+    // same for all rows.
+    if (a_.slot_level != nullptr) {
+      search.query.centre += 0.5f * search.bounds.delta * static_cast<float>(search.bounds.width);
+    }
     search.query.delta = search.bounds.delta;
     search.query.error = 0;
   }
@@ -321,6 +328,7 @@ class Worker {
     uint8_t* rounded = scratch_.rounded.reserve(rounded_bytes_);
     if (a_.num_codewords == 16 && stride_ == 16) {
       std::memset(rounded + m * 16, 0, static_cast<size_t>(rounded_bytes_ - m * 16));
+      search.bounds.width = 0;  // to the nearest; an earlier query may have left another
       tree_.round16(table, m, table_max(a_.codes.layout), rounded, &search.bounds.base,
                     &search.bounds.delta);
     } else {
@@ -330,20 +338,26 @@ class Worker {
     scan_.expand(rounded, a_.codes.layout, a_.codes.groups, stride_, expanded);
   }
 
-  int32_t shift_of(const Search& search, float score) const {
-    const float shift = score / search.bounds.delta;
+  // Sets the term of a leaf: in units of the rounded sums, or apart from them where gains are.
+  void set_leaf(ScanQuery& query, float score) const {
+    if (a_.slot_level != nullptr) {
+      query.shift = 0;
+      query.addend = score;
+      return;
+    }
+    const float shift = score / query.delta;
     // A leaf beyond what 32 bits hold is far better or worse than all others.
-    return static_cast<int32_t>(std::lrintf(std::max(-5e8f, std::min(5e8f, shift))));
+    query.shift = static_cast<int32_t>(std::lrintf(std::max(-5e8f, std::min(5e8f, shift))));
+    query.addend = 0;
   }
 
   // Some leaves of one query, from one place in their order to another.
   void scan_some(Search& search, size_t begin, size_t end) {
-    const RowTerms terms{nullptr, a_.slot_offset};
     for (size_t i = begin; i < end; ++i) {
       const Leaf& leaf = search.leaves[i];
-      search.query.shift = shift_of(search, leaf.score);
+      set_leaf(search.query, leaf.score);
       const int64_t next = a_.starts[search.leaves[i + 1 < end ? i + 1 : i].number];
-      scan_.scan(a_.codes, terms, a_.starts[leaf.number], a_.starts[leaf.number + 1], next, stride_,
+      scan_.scan(a_.codes, terms_, a_.starts[leaf.number], a_.starts[leaf.number + 1], next, stride_,
                  &search.query, 1);
     }
   }
@@ -392,7 +406,6 @@ class Worker {
 
   // Every leaf once, for all queries of the tile that probe it.
   void scan_by_leaf(int64_t count) {
-    const RowTerms terms{nullptr, a_.slot_offset};
     const auto after = static_cast<size_t>(first_);
     scratch_.begins.assign(static_cast<size_t>(a_.num_leaves) + 1, 0);
     for (int64_t i = 0; i < count; ++i) {
@@ -410,7 +423,7 @@ class Worker {
       for (size_t j = after; j < search.leaves.size(); ++j) {
         const Leaf& leaf = search.leaves[j];
         scratch_.visits[static_cast<size_t>(scratch_.begins[static_cast<size_t>(leaf.number)]++)] = {
-            static_cast<int32_t>(i), shift_of(search, leaf.score)};
+            static_cast<int32_t>(i), leaf.score};
       }
     }
     // begins[l] now is the end of leaf l.
@@ -422,9 +435,9 @@ class Worker {
       for (; at < end; ++at) {
         const Visit& visit = scratch_.visits[static_cast<size_t>(at)];
         scratch_.batch.push_back(scratch_.searches[static_cast<size_t>(visit.search)].query);
-        scratch_.batch.back().shift = visit.shift;
+        set_leaf(scratch_.batch.back(), visit.score);
       }
-      scan_.scan(a_.codes, terms, a_.starts[l], a_.starts[l + 1], a_.starts[l + 1], stride_,
+      scan_.scan(a_.codes, terms_, a_.starts[l], a_.starts[l + 1], a_.starts[l + 1], stride_,
                  scratch_.batch.data(), static_cast<int64_t>(scratch_.batch.size()));
     }
   }
@@ -602,6 +615,7 @@ class Worker {
   const TreeKernels& tree_;
   int64_t stride_, rounded_bytes_, expanded_bytes_, table_floats_, tiles_, pairs_;
   bool spilled_, adaptive_;
+  RowTerms terms_;
   int64_t first_, kept_;
 };
 

@@ -43,6 +43,11 @@ struct TreeSearchArguments {
   int64_t num_codewords = 0;
   Codes codes;                          // of the slots
   const float* slot_offset = nullptr;   // [slots] or null
+  // Factors of the slots' sums of table entries, not of their leaves' terms: numbers of 16 or 256
+  // levels, or null.
+  const uint8_t* slot_level = nullptr;  // [slots]
+  const float* levels = nullptr;        // [num_levels]
+  int64_t num_levels = 0;
   const int32_t* slot_rows = nullptr;   // [slots], -1 where a leaf ends inside a block
   const uint8_t* usable = nullptr;      // [usable_queries, slots], usable_queries is 1 or num_queries
   int64_t usable_queries = 1;

@@ -21,12 +21,15 @@ struct XlaKernelsTreeSearch {
   const float* codewords;
   const uint8_t* codes;
   const float* slot_offset;
+  const uint8_t* slot_level;
+  const float* levels;
   const int32_t* slot_rows;
   const uint8_t* usable;
   const void* rows;
   const float* row_scale;
   int64_t dim, num_leaves, width, num_codewords, layout, num_slots, num_subspaces, store, num_rows;
   int64_t row_dim, num_groups, euclidean, leaves_to_search, leaves_ranked, rescore, retrieve, k;
+  int64_t num_levels;
   double centroid_scale, group_scale, deviations;
 };
 
@@ -71,6 +74,9 @@ __attribute__((visibility("default"))) int xla_kernels_tree_search_direct(
   a.codes.num_subspaces = tree->num_subspaces;
   a.codes.groups = groups_of(a.codes.layout, tree->num_subspaces);
   a.slot_offset = tree->slot_offset;
+  a.slot_level = tree->slot_level;
+  a.levels = tree->levels;
+  a.num_levels = tree->num_levels;
   a.slot_rows = tree->slot_rows;
   a.usable = tree->usable;
   a.store = static_cast<StoreType>(tree->store);

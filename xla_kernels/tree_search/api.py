@@ -34,8 +34,8 @@ def tree_search(
 ) -> tuple[jax.Array, jax.Array]:
     """Rank leaves, scan the codes of the best, score the best candidates exactly.
 
-    The estimate of a slot of leaf l is ``<q, centroids[l]> + sum_m table[m, codes[m]]`` (plus the
-    slot's offset), with ``table`` the products of the query with the codewords. Scores are
+    The estimate of a slot of leaf l is ``<q, centroids[l]> + gain sum_m table[m, codes[m]]`` (plus
+    the slot's offset), with ``table`` the products of the query with the codewords. Scores are
     differentiable, forward and backward, in queries, tree and rows; ids have no gradient.
 
     Args:

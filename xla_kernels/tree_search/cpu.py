@@ -77,6 +77,7 @@ def tree_search(
     if tree.groups is not None:
         g = tree.groups
         groups = (g.tiles, g.scale, g.offset, g.starts)
+    gains = (jnp.zeros(0, jnp.uint8), empty) if tree.gains is None else tuple(tree.gains)
     before = (
         tree.centroids,
         tree.tiles,
@@ -88,6 +89,7 @@ def tree_search(
         tree.codewords,
         tree.codes.data,
         tree.slot_offset,
+        *gains,
         tree.slot_rows,
     )
     after = (empty if rows is None else rows, empty if row_scale is None else row_scale)

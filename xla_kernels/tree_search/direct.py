@@ -25,6 +25,8 @@ _POINTERS = (
     "codewords",
     "codes",
     "slot_offset",
+    "slot_level",
+    "levels",
     "slot_rows",
     "usable",
     "rows",
@@ -48,6 +50,7 @@ _NUMBERS = (
     "rescore",
     "retrieve",
     "k",
+    "num_levels",
 )
 _FACTORS = ("centroid_scale", "group_scale", "deviations")
 _STORES = {"float32": 1, "bfloat16": 2, "int8": 3}
@@ -115,6 +118,8 @@ def direct_tree_search(
         return None
     operands = {name: getattr(tree, name, None) for name in _POINTERS}
     operands |= {"codes": tree.codes.data, "rows": rows, "row_scale": row_scale}
+    if tree.gains is not None:
+        operands |= {"slot_level": tree.gains.level, "levels": tree.gains.levels}
     groups = tree.groups
     if groups is not None:
         begin = np.asarray(groups.starts)
@@ -143,6 +148,7 @@ def direct_tree_search(
         num_groups=0 if groups is None else groups.vectors.shape[0],
         group_scale=1.0 if groups is None else float(groups.scale),
         euclidean=euclidean,
+        num_levels=0 if tree.gains is None else tree.gains.levels.shape[0],
         centroid_scale=float(tree.centroid_scale),
         **effort._asdict(),
         **{name: array.ctypes.data for name, array in held.items()},

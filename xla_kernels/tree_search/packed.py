@@ -33,8 +33,20 @@ class LeafGroups(NamedTuple):
     scale: Any
 
 
+class SlotGains(NamedTuple):
+    """Factors of what the codes of slots stand for; a pytree.
+
+    Attributes:
+      level: ``uint8[S]`` number of the factor of each slot.
+      levels: ``float32[16 or 256]`` the factors.
+    """
+
+    level: Any
+    levels: Any
+
+
 class PackedTree(NamedTuple):
-    """Rows in leaves; a pytree. A row of leaf l stands for ``centroids[l] + decode(codes)``.
+    """Rows in leaves; a pytree. A row of leaf l stands for ``centroids[l] + gain decode(codes)``.
 
     A slot is a place in a leaf. Leaves fill whole blocks of slots, so that a scan can start at any
     leaf; slots beyond the rows of a leaf are not usable. A row may have slots in several leaves.
@@ -55,8 +67,9 @@ class PackedTree(NamedTuple):
       ranking: ``float32[L, d]``, leaves are probed by ``<q, ranking[l]>``; ``[0, d]`` where these
         are the centroids.
       spread: ``float32[L]`` deviation of a coordinate of what the codes of a leaf stand for, the
-        root of the mean of ``||decode(codes)||^2 / d`` over the rows packed.
+        root of the mean of ``||gain decode(codes)||^2 / d`` over the rows packed.
       groups: `LeafGroups`, or None where all leaves are ranked.
+      gains: `SlotGains`, or None where all are 1.
     """
 
     centroids: Any
@@ -72,6 +85,7 @@ class PackedTree(NamedTuple):
     ranking: Any
     spread: Any
     groups: Any = None
+    gains: Any = None
 
     @property
     def block(self) -> int:
@@ -108,6 +122,7 @@ def pack_tree(
     leaf_offset: Any = None,
     slot_offset: Any = None,
     groups: Any = None,
+    gains: Any = None,
 ) -> PackedTree:
     """Pack the leaves of a tree for `tree_search`.
 
@@ -123,6 +138,8 @@ def pack_tree(
       slot_offset: ``[S]`` term of each slot's score, or None.
       groups: ``[G, d]`` vectors that rank groups of leaves and ``int32[G + 1]`` first leaf of each
         group, or None for one level.
+      gains: ``uint8[S]`` numbers and the 16 or 256 levels that they count, factors of what the
+        codes of slots add to the term of their leaf; None for 1.
 
     Returns:
       `PackedTree`.
@@ -155,6 +172,7 @@ def pack_tree(
     if len(ranking) and ranking.shape != centroids.shape:
         raise ValueError(f"ranking must have shape {centroids.shape}; got {ranking.shape}")
     tiles, scale = centroid_tiles(ranking if len(ranking) else centroids)
+    gains = None if gains is None else _gains(gains, slots)
     empty = np.zeros(0, np.float32)
     operands = (
         centroids,
@@ -168,14 +186,32 @@ def pack_tree(
         slot_rows,
         (slot_rows >= 0)[None],
         ranking,
-        _spread(plain, words, starts * size, slot_rows, centroids.shape[1]),
+        _spread(plain, words, starts * size, slot_rows, centroids.shape[1], gains),
         None if groups is None else _groups(groups, centroids.shape, leaf_offset is not None),
+        gains,
     )
     return PackedTree(*jax.tree.map(jnp.asarray, operands))
 
 
+def _gains(gains: Any, slots: int) -> SlotGains:
+    level, levels = np.asarray(gains[0]), np.asarray(gains[1], np.float32)
+    if level.dtype != np.uint8 or level.shape != (slots,) or levels.shape not in ((16,), (256,)):
+        raise ValueError(
+            f"gains must be uint8[{slots}] numbers and float32[16 or 256] levels; got "
+            f"{level.dtype}{list(level.shape)} and {list(levels.shape)}"
+        )
+    if level.max(initial=0) >= len(levels):
+        raise ValueError(f"gains must be numbers below {len(levels)}; got {level.max()}")
+    return SlotGains(level, levels)
+
+
 def _spread(
-    codes: np.ndarray, words: np.ndarray, starts: np.ndarray, slot_rows: np.ndarray, dim: int
+    codes: np.ndarray,
+    words: np.ndarray,
+    starts: np.ndarray,
+    slot_rows: np.ndarray,
+    dim: int,
+    gains: SlotGains | None,
 ) -> np.ndarray:
     """Deviation of a decoded coordinate, leaf by leaf; leaves without rows take the mean."""
     held = slot_rows[: starts[-1]] >= 0
@@ -196,6 +232,8 @@ def _spread(
             square += size[subspace]
         square = square[held]
     leaf = leaf[held]
+    if gains is not None:
+        square = square * gains.levels.astype(np.float64)[gains.level[: starts[-1]][held]] ** 2
     total = np.bincount(leaf, square, len(starts) - 1)
     count = np.bincount(leaf, minlength=len(starts) - 1)
     mean = total.sum() / max(count.sum(), 1)
