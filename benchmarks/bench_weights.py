@@ -5,8 +5,9 @@
 Product codes of 16 words, learned on a sample and scored exhaustively by their tables, without
 rescoring. On unit rows a weight enters the loss by its ratio eta = h_parallel / h_orthogonal
 alone; each family runs over its parameter. On raw rows, searched by inner product, Theorem 3.2
-gives every row an eta by its norm and a weight in the mean, h_orthogonal, by its norm; both are
-also replaced by one number for all rows, that of the median norm.
+gives every row an eta by its norm and a weight in the mean, h_orthogonal, by its norm. For
+thresholds both are also replaced by one number for all rows, that of the median norm; the ratio of
+a power is one number by itself.
 """
 
 import jax
@@ -22,8 +23,9 @@ FAMILIES = {
     "Power(p)": (avq_jax.Power, (0.0, 1.0, 2.0, 4.0, 6.0, 10.0, 20.0)),
     "Exponential(b)": (avq_jax.Exponential, (5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0)),
 }
-# Of the default threshold, which makes eta 5 at the median norm.
-SHARES = (0.5, 0.75, 1.0, 1.25)
+# Of the threshold that suits the median norm; at some, eta and weight are taken apart.
+SHARES, TAKEN_APART = (0.5, 1.0, 1.5, 2.0, 2.5), (1.0, 1.5)
+POWERS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 LARGEST = 100.0
 
 
@@ -71,30 +73,39 @@ def families(codes):
 
 
 def whose(codes):
-    """Recall with an eta, and a weight in the mean, of each row or the same for all."""
+    """Recall of weights by the norm of each row, and with an eta or a weight the same for all."""
     n, d = codes.x.shape
     norms = np.linalg.norm(codes.x, axis=1)
-    yield {"loss": "reconstruction", **codes.recall(None)}
     default = avq_jax.default_threshold(norms, dim=d)
+
+    def measured(loss, weight, scaling, **more):
+        row = {"loss": loss, "weight": weight, **more, **codes.recall(scaling)}
+        print(row, flush=True)
+        return row
+
+    yield measured("reconstruction", "Uniform()", None)
+    for p in POWERS:
+        own = avq_jax.scaling(avq_jax.Power(p), norms, dim=d)
+        yield measured("eta of each row, weight of each row", f"Power({p:g})", own)
     for share in SHARES:
         weight = avq_jax.Threshold(share * default)
+        name, more = f"Threshold({share * default:.3f})", {"share_of_default": share}
         own = avq_jax.scaling(weight, norms, dim=d)
-        orthogonal = np.asarray(own.orthogonal)
+        yield measured("eta of each row, weight of each row", name, own, **more)
+        if share not in TAKEN_APART:
+            continue
+        across = np.asarray(own.orthogonal)
         # The ratio grows without bound where the norm falls to T, and such rows have next to no
         # weight; in a mean of equal weights they would be all of it.
         ratio = np.minimum(np.asarray(avq_jax.eta(weight, norms, dim=d)), LARGEST)
         one = float(avq_jax.eta(weight, float(np.median(norms)), dim=d))
-        for loss, along, across in (
-            ("eta of each row, weight of each row", np.asarray(own.parallel), orthogonal),
-            ("one eta, weight of each row", one * orthogonal, orthogonal),
+        for loss, eta, weights in (
+            ("one eta, weight of each row", np.full(n, one), across),
             ("eta of each row, one weight", ratio, np.ones(n)),
             ("one eta, one weight", np.full(n, one), np.ones(n)),
         ):
-            scaling = avq_jax.Scaling(along.astype(np.float32), across.astype(np.float32))
-            row = {"loss": loss, "T": float(share * default), "eta_at_median": one}
-            row |= codes.recall(scaling)
-            print(row, flush=True)
-            yield row
+            parts = ((eta * weights).astype(np.float32), weights.astype(np.float32))
+            yield measured(loss, name, avq_jax.Scaling(*parts), **more, eta_at_median=one)
 
 
 def main():

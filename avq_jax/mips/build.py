@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from avq_jax.checks import as_count, as_rows, is_traced
-from avq_jax.loss import Threshold, Uniform, Weight, row_norms, scaling
+from avq_jax.loss import Power, Threshold, Uniform, Weight, row_norms, scaling
 from avq_jax.mips.exact import METRICS
 from avq_jax.mips.index import Index, pack_ids
 from avq_jax.mips.learning import ONE_DEVICE, Workers, as_pytree, learn_tree
@@ -95,8 +95,9 @@ def build(
       scale: 4 or 8 bits, a score-aware scale a row (:func:`avq_jax.fit_scale`) that multiplies its
         decoded residual: fewer errors for half a byte or a byte a row, codes searched twice in the
         build and a few float operations more a row in the scan. ``None`` has none.
-      weight: of the score-aware loss, in the units of <q, x>; ``None`` takes ``Threshold(T)`` of
-        :func:`default_threshold`, and ``Uniform()`` for ``"l2"``.
+      weight: of the score-aware loss, in the units of <q, x>; ``None`` takes ``Power(5)``, whose
+        eta is 6 for rows of every norm, for ``"cosine"`` ``Threshold(T)`` of
+        :func:`default_threshold`, about the same eta at norm 1, and ``Uniform()`` for ``"l2"``.
       ids: ``int64[n]`` ids of the rows for :func:`avq_jax.user_ids`, distinct and >= 0.
       soar_lambda: assign every row to a second leaf as well, whose residual is penalised along the
         first one by this factor (1 to 1.5); fewer leaves need searching for the same recall,
@@ -232,7 +233,7 @@ def build_index(
         x = x / np.where(norms > 0, norms, 1)[:, None]
         norms = (norms > 0).astype(np.float32)
     if weight is None:
-        weight = default_weight(metric, default_threshold(norms, dim=d))
+        weight = default_weight(metric, dim=d)
     tree = None
     if options is not None:
         tree = learn_tree(
@@ -260,9 +261,19 @@ def build_index(
     return index
 
 
-def default_weight(metric: str, T: Any) -> Weight:
-    """``Threshold(T)``, or for Euclidean search ``Uniform()``."""
-    return Uniform() if metric == "l2" else Threshold(jnp.float32(T))
+def default_weight(metric: str, *, dim: int) -> Weight:
+    """What ``weight=None`` is: an eta near 6 for the rows that win, whatever their norms.
+
+    Unit rows: ``Threshold`` with the default T. Raw rows: a T that suits the median row is low for
+    the long rows that win, whose eta then falls to 1, and one that suits those gives the others no
+    weight; ``Power(5)`` has the eta of 6 for every norm, and weights rows by their fifth power
+    (``benchmarks/bench_weights.py`` has both). Lifted rows of Euclidean search: ``Uniform()``.
+    """
+    if metric == "l2":
+        return Uniform()
+    if metric == "dot":
+        return Power(jnp.float32(5))
+    return Threshold(jnp.float32(default_threshold(np.ones(1), dim=dim)))
 
 
 def default_effort(num_leaves: int) -> int:

@@ -19,7 +19,7 @@ _STEP = 1 << 24
 
 
 class Learned(NamedTuple):
-    """What a build learns before it encodes; T is the default threshold, some may be empty."""
+    """What a build learns before it encodes; some may be empty."""
 
     centroids: Any
     ranking: Any
@@ -28,7 +28,6 @@ class Learned(NamedTuple):
     group_starts: Any
     projection: Any
     levels: Any
-    T: Any
 
 
 class Part:

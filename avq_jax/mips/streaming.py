@@ -25,7 +25,6 @@ from avq_jax.mips import safe_files
 from avq_jax.mips.build import (
     check_arguments,
     default_effort,
-    default_threshold,
     default_weight,
 )
 from avq_jax.mips.file_format import halves, header_of
@@ -171,14 +170,14 @@ def build_to_disk(
     with _unless_empty(work), safe_files.locked_folder(work):
         journal = Journal(work / "journal.json", told)
         learned = journal.learned(work)
+        if weight is None:
+            weight = default_weight(metric, dim=d)
         if learned is None:
             size = min(n, max(options.sample_size, 32 * options.num_leaves))
             sample = sample_rows(key, source, n, d, size, chunk_rows, progress)
             learned = _learn(key, sample, metric, weight, options, progress)
             del sample
             journal.keep(work, learned)
-        if weight is None:
-            weight = default_weight(metric, learned.T[0])
         tree = _empty_tree(learned, metric)
         whole = {
             "centroids": learned.centroids,
@@ -244,17 +243,15 @@ def _learn(
     key: Array, x: np.ndarray, metric: Any, weight: Any, options: TreeOptions, progress: bool | None
 ) -> Learned:
     x, norms = rows_and_norms(x, metric)
-    T = default_threshold(norms, dim=x.shape[1])
-    weight = default_weight(metric, T) if weight is None else weight
     tree = learn_tree(key, x, norms, weight, options, metric=metric, progress=progress)
     packed = tree.packed
     groups, starts = np.zeros((0, tree.width), np.float32), np.zeros(0, np.int32)
     if packed.groups is not None:
         groups, starts = packed.groups.vectors, packed.groups.starts
     axes = np.zeros((0, 0), np.float32) if tree.projection is None else tree.projection
-    words, default = tree.codebook.codewords, np.array([T], np.float32)
+    words = tree.codebook.codewords
     levels = np.zeros(0, np.float32) if packed.gains is None else packed.gains.levels
-    found = (packed.centroids, packed.ranking, words, groups, starts, axes, levels, default)
+    found = (packed.centroids, packed.ranking, words, groups, starts, axes, levels)
     return Learned(*map(np.asarray, found))
 
 

@@ -74,7 +74,8 @@ class TestLoss:
         assert not np.allclose(index.tree.ranking, means, rtol=1e-2)
 
     def test_default_weight(self, indexes):
-        assert isinstance(indexes["dot"].weight, avq_jax.Threshold)
+        assert isinstance(indexes["dot"].weight, avq_jax.Power)
+        assert float(avq_jax.eta(indexes["dot"].weight, 3.0, dim=D)) == pytest.approx(6)
         np.testing.assert_allclose(indexes["cosine"].weight.T, 2 / np.sqrt(D + 3), rtol=1e-6)
         assert isinstance(indexes["l2"].weight, avq_jax.Uniform)
 
