@@ -202,6 +202,33 @@ def _quality(result: dict) -> str:
     return "\n".join([*lines, "", _environment(groups[0])])
 
 
+def _weights(result: dict) -> str:
+    measures = ("1@1", "1@10", "10@10", "10@100")
+    lines = [
+        f"{result['rows']:,} rows and {result['queries']:,} queries of `{result['dataset']}`, codes "
+        f"of {result['codes']} learned on {result['sample']:,} rows and scored exhaustively, no "
+        "rescoring. Raw rows, by inner product:",
+        "",
+        "| weight | its part in the loss | recall 1@1 | 1@10 | 10@10 | 10@100 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["whose"]:
+        cells = " | ".join(f"{row[m]:.3f}" for m in measures)
+        lines.append(f"| `{row['weight']}` | {row['loss']} | {cells} |")
+    lines += ["", "Unit rows, the best parameter of each family by 10@10:", ""]
+    lines += ["| weight | eta | recall 1@1 | 1@10 | 10@10 | 10@100 |", "|---|---|---|---|---|---|"]
+    best = {}
+    for row in result["families"]:
+        family = row["family"]
+        if family not in best or row["10@10"] > best[family]["10@10"]:
+            best[family] = row
+    for family, row in best.items():
+        cells = " | ".join(f"{row[m]:.3f}" for m in measures)
+        name = f"{family.partition('(')[0]}({row['value']:g})"
+        lines.append(f"| `{name}` | {row['eta']:.3g} | {cells} |")
+    return "\n".join([*lines, "", _environment(result)])
+
+
 def _softmax(result: dict) -> str:
     lines = [
         f"Loss and gradients of an output layer, a batch of {result['batch']}, both sides jitted, "
@@ -238,6 +265,9 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "quality_sentences-384_256": _quality,
     "quality_sentences-384_384": _quality,
     "quality_sentences-384_768": _quality,
+    "quality_sift-128_128": _quality,
+    "quality_sift-128_256": _quality,
+    "weights_glove6b-100": _weights,
     "softmax": _softmax,
 }
 
