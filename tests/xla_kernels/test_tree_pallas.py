@@ -23,14 +23,13 @@ def effort(leaves, *, k=5):
 
 
 def scanned(name, tree, queries, plan, leaves):
-    """Scores ``[b, windows, points]`` of the kernel, their slots, and the work list."""
-    module = pallas._module(name)
-    _, number = worklist.windows_of(tree, plan.points)
-    ends = jnp.cumsum(number[leaves], axis=1, dtype=jnp.int32)
-    work = worklist.round_of(tree, leaves, ends, jnp.int32(0), plan)
-    offset = jnp.where(tree.usable[0], tree.slot_offset if len(tree.slot_offset) else 0, -jnp.inf)
-    operands = module.pack(*pallas._factors(tree, queries), pallas._columns(tree), offset)
-    found = module.scan(operands, work, plan, axes=None, interpret=True)
+    """Scores ``[b, windows, points]`` of the kernel, and the work list."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas, "plan_of", lambda *_: plan)
+        kernel = pallas.Kernel(name, 1.0, None, True)
+        scanner = pallas.scanner_of(tree, queries, leaves, effort(leaves.shape[1]), 10, kernel)
+    ends = jnp.cumsum(scanner.sizes, axis=1, dtype=jnp.int32)
+    found, work = scanner.round(ends, jnp.int32(0))
     found = np.asarray(found)[np.maximum(work.place, 0)]
     return np.where(np.asarray(work.place)[:, :, None] >= 0, found, -np.inf), work
 

@@ -10,6 +10,7 @@ the rows only the slots' offsets and marks, brought together once a call.
 import functools
 import importlib
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -165,17 +166,13 @@ def best_slots(
     Of slots with equal estimates across the last place those of the lowest rows are taken.
     Estimates have bfloat16's digits.
     """
-    b, module = queries.shape[0], _module(kernel.name)
+    b = queries.shape[0]
     count = min(kept_slots(effort), tree.slot_rows.shape[0])
     score, leaves = jax.lax.top_k(rank, min(effort.leaves_to_search, rank.shape[1]))
     leaves = leaves.astype(jnp.int32)
-    plan = plan_of(tree, b, effort, count, kernel.recall_target, _sizes(kernel))
-    terms = tree.slot_offset if tree.slot_offset.shape[0] else jnp.float32(0)
-    offset = jnp.where(tree.usable[0], terms, -jnp.inf)
-    operands = module.pack(*_factors(tree, queries), _columns(tree), offset)
+    scanner = scanner_of(tree, queries, leaves, effort, count, kernel)
     means = jnp.take_along_axis(shared, leaves, axis=1)
-    _, number = windows_of(tree, plan.points)
-    sizes = jnp.where(score > -jnp.inf, number[leaves], 0)
+    sizes = jnp.where(score > -jnp.inf, scanner.sizes, 0)
     axes = varying_axes(*jax.tree.leaves((tree, queries)))
 
     def scan(best: Candidates, sizes: jax.Array) -> Candidates:
@@ -184,8 +181,8 @@ def best_slots(
 
         def step(carry: Any) -> Any:
             best, begin = carry
-            work = round_of(tree, leaves, ends, begin, plan)
-            found = module.scan(operands, work, plan, axes=axes, interpret=kernel.interpret)
+            found, work = scanner.round(ends, begin)
+            plan = scanner.plan
             return _merge(tree, best, found, work, means, plan), begin + plan.windows
 
         return jax.lax.while_loop(lambda c: c[1] < most, step, (best, most * 0))[0]
@@ -202,6 +199,45 @@ def best_slots(
     else:
         best = scan(best, sizes)
     return jnp.where(best.scores > -jnp.inf, best.slots, -1)
+
+
+class Scanner(NamedTuple):
+    """The scan of the leaves that a batch of queries probes.
+
+    Attributes:
+      plan: its static numbers.
+      sizes: ``int32[b, P]`` windows of the leaves.
+      round: from running sums of the windows to be scanned, and the first to begin with, to the
+        results of a round and its work list.
+    """
+
+    plan: Plan
+    sizes: Any
+    round: Callable[[jax.Array, jax.Array], tuple[jax.Array, Round]]
+
+
+def scanner_of(
+    tree: PackedTree,
+    queries: jax.Array,
+    leaves: jax.Array,
+    effort: Effort,
+    count: int,
+    kernel: Kernel,
+) -> Scanner:
+    """Lay out what the rounds of a scan share, which keeps ``count`` slots a query."""
+    module, sizes = _module(kernel.name), _sizes(kernel)
+    plan = plan_of(tree, queries.shape[0], effort, count, kernel.recall_target, sizes)
+    terms = tree.slot_offset if tree.slot_offset.shape[0] else jnp.float32(0)
+    offset = jnp.where(tree.usable[0], terms, -jnp.inf)
+    operands = module.pack(*_factors(tree, queries), _columns(tree), offset)
+    axes = varying_axes(*jax.tree.leaves((tree, queries)))
+    _, number = windows_of(tree, plan.points)
+
+    def next_round(ends: jax.Array, begin: jax.Array) -> tuple[jax.Array, Round]:
+        work = round_of(tree, leaves, ends, begin, plan)
+        return module.scan(operands, work, plan, axes=axes, interpret=kernel.interpret), work
+
+    return Scanner(plan, number[leaves], next_round)
 
 
 def _merge(
