@@ -3,7 +3,7 @@
 python benchmarks/aot/compile.py            compare with baseline.json (`make aot` does this)
 python benchmarks/aot/compile.py --write    write it
 
-Needs ``jax[tpu,cuda13]``. Each case is a process of its own, as a compiler may take it down. Of
+Needs ``jax[tpu,cuda13]`` and what avq_jax imports. Each case is a process of its own, as a compiler may take it down. Of
 each: memory beside operands and results, no array of a score for each row, and for TPUs the bundles
 (instruction words) of a block of points, from the compiler's own dump; for GPUs registers, spills
 and tensor-core instructions. Bundles say whether a change made the program longer, not how fast
