@@ -3,11 +3,11 @@
 python benchmarks/aot/compile.py            compare with baseline.json (`make aot` does this)
 python benchmarks/aot/compile.py --write    write it
 
-Needs ``jax[tpu,cuda13]`` and what avq_jax imports. Each case is a process of its own, as a compiler may take it down. Of
-each: memory beside operands and results, no array of a score for each row, and for TPUs the bundles
-(instruction words) of a block of points, from the compiler's own dump; for GPUs registers, spills
-and tensor-core instructions. Bundles say whether a change made the program longer, not how fast
-it is. A target whose compiler is not installed is reported as skipped.
+Needs ``jax[tpu,cuda13]`` and what avq_jax imports. Each case is a process of its own, as a compiler
+may take it down. Of each: memory beside operands and results, no array of a score for each row, and
+for TPUs the bundles (instruction words) of a block of points, from the compiler's own dump; for
+GPUs registers, spills and tensor-core instructions. Bundles say whether a change made the program
+longer, not how fast it is. A target whose compiler is not installed is reported as skipped.
 """
 
 import argparse
@@ -38,7 +38,7 @@ CASES += [f"{target}/64x16x2/{form}" for target in ("v5e", "h100") for form in (
 CASES += [f"{target}/64x16x2/few" for target in TPUS]
 # The tree in plain XLA, for its memory.
 CASES += ["h100/64x16x2/tree_xla"]
-# Work list and scan of a tree; with one slot a bin; the whole of `avq_jax.search`.
+# The scan of a tree's work list; with one slot a bin; the whole of `avq_jax.search`.
 CASES += [f"{target}/{m}x{k}x{s}/tree" for target in (*TPUS, "h100") for m, k, s in SHAPES]
 CASES += [f"{target}/64x16x2/tree_exact" for target in ("v5e", "h100")]
 CASES += [f"{target}/64x16x2/search" for target in (*TPUS, "h100")]

@@ -45,8 +45,7 @@ def compiled(case: str, device, b: int, n: int, tpu: bool):
         return plain(tree, queries, rows)
     if form == "search":
         return whole(name, tree, queries, rows)
-    leaves = array((b, PROBED), jnp.int32)
-    return scan(name, tree, queries, leaves, 1.0 if form == "tree_exact" else 0.95)
+    return scan(name, tree, queries, 1.0 if form == "tree_exact" else 0.95, array)
 
 
 def flat(name, tables, codes, target):
@@ -73,21 +72,25 @@ def plain(tree, queries, rows):
     return run.lower(tree, queries, rows).compile()
 
 
-def scan(name, tree, queries, leaves, target):
-    """The first round of a scan of probed leaves: its work list and the kernel."""
-    from xla_kernels.tree_search import pallas
+def scan(name, tree, queries, target, array):
+    """The kernel on a work list; what makes lists is part of `whole`."""
+    from xla_kernels.tree_search import pallas, worklist
     from xla_kernels.tree_search.effort import Effort
 
-    effort = Effort(K, PROBED, LEAVES, float("inf"), RESCORE, RESCORE)
+    b, effort = queries.shape[0], Effort(K, PROBED, LEAVES, float("inf"), RESCORE, RESCORE)
+    module, sizes = pallas.parts_of(pallas.Kernel(name, target, None, False))
+    plan = worklist.plan_of(tree, b, effort, RESCORE, target, sizes)
+    integers = [array((plan.entries,), jnp.int32) for _ in range(3)]
+    found = [array((b, plan.windows), jnp.int32) for _ in range(3)]
+    members = array((plan.entries, plan.group), jnp.int32)
+    work = worklist.Round(*integers, members, array((), jnp.int32), *found)
 
     @jax.jit
-    def run(tree, queries, leaves):
-        kernel = pallas.Kernel(name, target, None, False)
-        scanner = pallas.scanner_of(tree, queries, leaves, effort, RESCORE, kernel)
-        ends = jnp.cumsum(scanner.sizes, axis=1, dtype=jnp.int32)
-        return scanner.round(ends, jnp.int32(0))
+    def run(tree, queries, work):
+        operands = pallas.operands_of(module, tree, queries)
+        return module.scan(operands, work, plan, axes=None, interpret=False)
 
-    return run.lower(tree, queries, leaves).compile()
+    return run.lower(tree, queries, work).compile()
 
 
 def whole(name, tree, queries, rows):

@@ -124,7 +124,8 @@ class TestTpu(Suite):
         whole = tree_search(tree, queries, **options)
         monkeypatch.setattr(worklist, "_ROUND_BYTES", 1 << 16)
         small = worklist.Sizes(points=128, batch=8)
-        monkeypatch.setattr(pallas, "_sizes", lambda kernel: small)
+        module = pallas._module(self.name)
+        monkeypatch.setattr(pallas, "parts_of", lambda kernel: (module, small))
         count = effort(6)
         assert worklist.plan_of(tree, 8, count, 80, 1.0, small).windows < 6
         parts = tree_search(tree, queries, **options)

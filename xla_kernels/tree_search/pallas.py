@@ -100,7 +100,7 @@ def tree_search(
             scores, ids = jax.lax.map(one, (queries, full, usable))
         else:
             tree = tree._replace(usable=usable)
-            size = _sizes(kernel).batch
+            size = parts_of(kernel)[1].batch
             scores, ids = _in_blocks(functools.partial(batch, tree), size, queries, full)
         return jnp.where(finite[:, None], scores, -jnp.inf), jnp.where(finite[:, None], ids, -1)
 
@@ -110,9 +110,18 @@ def tree_search(
     return call(queries, row_queries, usable, (tree, rows, row_scale))
 
 
-def _sizes(kernel: Kernel) -> Sizes:
+def parts_of(kernel: Kernel) -> tuple[Any, Sizes]:
+    """The module of a kernel, and its sizes for this machine's device."""
     module = _module(kernel.name)
-    return kernel.sizes or module.SIZES.get(jax.devices()[0].device_kind, module.DEFAULT)
+    kind = jax.devices()[0].device_kind
+    return module, kernel.sizes or module.SIZES.get(kind, module.DEFAULT)
+
+
+def operands_of(module: Any, tree: PackedTree, queries: jax.Array) -> Any:
+    """What the entries of a work list share, laid out for the kernel of a module."""
+    terms = tree.slot_offset if tree.slot_offset.shape[0] else jnp.float32(0)
+    offset = jnp.where(tree.usable[0], terms, -jnp.inf)
+    return module.pack(*_factors(tree, queries), _columns(tree), offset)
 
 
 def _in_blocks(run: Any, size: int, *arrays: jax.Array) -> Any:
@@ -225,11 +234,9 @@ def scanner_of(
     kernel: Kernel,
 ) -> Scanner:
     """Lay out what the rounds of a scan share, which keeps ``count`` slots a query."""
-    module, sizes = _module(kernel.name), _sizes(kernel)
+    module, sizes = parts_of(kernel)
     plan = plan_of(tree, queries.shape[0], effort, count, kernel.recall_target, sizes)
-    terms = tree.slot_offset if tree.slot_offset.shape[0] else jnp.float32(0)
-    offset = jnp.where(tree.usable[0], terms, -jnp.inf)
-    operands = module.pack(*_factors(tree, queries), _columns(tree), offset)
+    operands = operands_of(module, tree, queries)
     axes = varying_axes(*jax.tree.leaves((tree, queries)))
     _, number = windows_of(tree, plan.points)
 
