@@ -42,6 +42,8 @@ CASES += ["h100/64x16x2/tree_xla"]
 CASES += [f"{target}/{m}x{k}x{s}/tree" for target in (*TPUS, "h100") for m, k, s in SHAPES]
 CASES += [f"{target}/64x16x2/tree_exact" for target in ("v5e", "h100")]
 CASES += [f"{target}/64x16x2/search" for target in (*TPUS, "h100")]
+# How Mosaic GPU decodes.
+CASES += [f"h100/64x16x1/mosaic_{kind}" for kind in ("select", "affine")]
 BATCHES = {"few": 16, "tree_xla": 120, "tree": 120, "tree_exact": 120, "search": 120}
 TOLERANCE = 0.15
 # What the design promised, of the case it promised it for.
@@ -59,7 +61,11 @@ def measure(case: str) -> dict:
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
         }
         if target == "h100":
-            os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump}"
+            os.environ |= {
+                "XLA_FLAGS": f"--xla_dump_to={dump}",
+                "MOSAIC_GPU_DUMP_PTX": "1",
+                "MOSAIC_GPU_DUMP_TO": dump,
+            }
         sys.path.insert(0, str(HERE.parent.parent))
         import programs
         from jax.experimental import topologies
@@ -77,6 +83,8 @@ def measure(case: str) -> dict:
         program = programs.compiled(case, topology.devices[0], BATCHES.get(form, B), N, narrow)
         result = {"temp_bytes": program.memory_analysis().temp_size_in_bytes}
         text, b = program.as_text(), BATCHES.get(form, B)
+        if form.startswith("mosaic"):
+            return result | {"scores_of_all_rows": False} | gpu_figures(pathlib.Path(dump), "")
         result["scores_of_all_rows"] = bool(re.search(rf"\[{b},{N}\]|\[{N},{b}\]", text))
         if form == "tree_xla":
             return result
@@ -104,6 +112,7 @@ def gpu_figures(dump: pathlib.Path, kernel: str) -> dict:
 
     (ptxas,) = (p for root in nvidia.__path__ for p in pathlib.Path(root).rglob("bin/ptxas"))
     (ptx,) = (p for p in dump.glob("*.ptx") if f".entry {kernel}" in p.read_text())
+    text = ptx.read_text()
     said = subprocess.run(
         [ptxas, "-v", "-arch=sm_90a", ptx, "-o", os.devnull],
         capture_output=True,
@@ -113,7 +122,8 @@ def gpu_figures(dump: pathlib.Path, kernel: str) -> dict:
     return {
         "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
         "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
-        "tensor_core_instructions": len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx.read_text())),
+        "tensor_core_instructions": len(re.findall(r"wgmma\.mma_async|mma\.sync", text)),
+        "selects": len(re.findall(r"\bselp\b", text)),
     }
 
 

@@ -12,6 +12,10 @@ def compiled(case: str, device, b: int, n: int, tpu: bool):
     from xla_kernels import PackedCodes, PackedTree
 
     _, shape, form = case.split("/")
+    if form.startswith("mosaic"):
+        import mosaic_gpu
+
+        return mosaic_gpu.compiled(form.removeprefix("mosaic_"), device, n)
     m, k, s = map(int, shape.split("x"))
     narrow, d = tpu and k <= 16, m * s
     sharding = SingleDeviceSharding(device)

@@ -196,7 +196,7 @@ class TestWorkList:
         plans = [
             worklist.plan_of(tree, 4, effort(2), 100, target, sizes) for target in (0.5, 0.9, 1.0)
         ]
-        assert [plan.bins for plan in plans] == [128, 256, plans[2].points]
+        assert [plan.bins for plan in plans] == [128, 1024, plans[2].points]
         assert all(plan.points % plan.bins == 0 for plan in plans)
 
 

@@ -63,8 +63,8 @@ def tree_search(
       retrieve: slots kept by estimate, whose best ``rescore`` distinct rows are rescored; None
         takes ``rescore``, or twice that where rows lie in two leaves and few are rescored.
       recall_target: below 1, the Pallas kernels keep the best slot of each bin, of as many bins as
-        give that expected share of the slots kept by estimate if these lie anywhere in the probed
-        leaves with equal chance; 1.0 gives each slot a bin of its own.
+        give that expected share of the slots kept by estimate if these lie with equal chance
+        anywhere in a quarter of the probed leaves; 1.0 gives each slot a bin of its own.
       implementation: ``"cpu"``, ``"xla"``, ``"pallas_tpu"``, ``"pallas_gpu"``, or None for the best
         that can run. The Pallas kernels choose candidates by scores of bfloat16's digits; they have
         never run on a device.

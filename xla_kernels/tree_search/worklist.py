@@ -59,7 +59,8 @@ def plan_of(
     """Choose the numbers of a scan for ``b`` queries that keeps ``count`` slots of each.
 
     The window holds a leaf of average size and a quarter more. Bins are as few as give
-    `recall_target` if the best slots lie anywhere in the probed leaves with equal chance.
+    `recall_target` if the best slots lie with equal chance anywhere in a quarter of the probed
+    leaves: those near the query hold more of them.
     """
     slots, leaves = tree.slot_rows.shape[0], tree.centroids.shape[0]
     probed, mean = effort.leaves_to_search, slots / leaves
@@ -68,7 +69,8 @@ def plan_of(
     bins = points
     if recall_target < 1.0:
         bins = LANES
-        while bins < points and expected_recall(count, int(probed * each * bins)) < recall_target:
+        near = probed * each / 4
+        while bins < points and expected_recall(count, max(1, int(near * bins))) < recall_target:
             bins *= 2
         bins = min(bins, points)
         points = _up(points, bins)
