@@ -65,10 +65,10 @@ def _predicted() -> list[str]:
     lines = [
         "Predicted from published peaks and those bundles, nothing measured: millions of queries a "
         "second that scan 2^20 rows of those codes, all of them, 30 of 1,024 leaves, or as "
-        "bfloat16; and the batch from which a scan of all rows takes no longer:",
+        "bfloat16; and the first batch at which the simpler scan takes no longer:",
         "",
         "| device | one query: codes / tree / bfloat16 | 128 queries | codes no faster than "
-        "bfloat16 from | tree no faster than all codes from |",
+        "bfloat16 at | tree no faster than all codes at |",
         "|---|---|---|---|---|",
     ]
     for device, name in NAMES.items():

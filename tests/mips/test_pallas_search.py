@@ -126,3 +126,15 @@ def test_search_is_lowered_for_its_platform(name, platform):
     text = exported.mlir_module()
     assert {"tpu": "tpu_custom_call", "gpu": "triton"}[name] in text
     assert [aval.shape for aval in exported.out_avals] == [(5, 5), (5, 5)]
+
+
+def test_a_sharded_search_is_lowered_for_tpus():
+    index, queries = build()
+    mesh = jax.make_mesh((2,), ("shards",), devices=jax.devices()[:2])
+    parts = avq_jax.shard(index, mesh, axis="shards")
+    run = functools.partial(avq_jax.search_sharded, k=5, implementation="pallas_tpu")
+    exported = jax.export.export(jax.jit(lambda p, q: tuple(run(p, q))), platforms=["tpu"])(
+        parts, queries
+    )
+    assert exported.nr_devices == 2
+    assert "tpu_custom_call" in exported.mlir_module()
