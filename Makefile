@@ -106,7 +106,7 @@ docs: $(VENV)/.docs
 # An environment of its own: the compilers of TPUs and GPUs are about 2 GB of wheels.
 .venv-aot/.done:
 	$(PYTHON) -m venv .venv-aot
-	.venv-aot/bin/python -m pip install --quiet "jax[tpu,cuda13]==0.10.2"
+	.venv-aot/bin/python -m pip install --quiet "jax[tpu,cuda13]==0.10.2" jaxtyping optax safetensors
 	@touch $@
 
 aot: .venv-aot/.done

@@ -1,7 +1,7 @@
-"""Write the tables of the README from the results of the benchmarks.
+"""Write the tables of the README and of docs/accelerators.md from the results of the benchmarks.
 
-python benchmarks/report.py          rewrites README.md
-python benchmarks/report.py --check  fails if README.md is not what the results say
+python benchmarks/report.py          rewrites them
+python benchmarks/report.py --check  fails if one is not what the results say
 """
 
 import argparse
@@ -10,10 +10,12 @@ import pathlib
 import sys
 from collections.abc import Callable
 
+import devices
 import paper
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/accelerators.md")
 
 
 def _environment(result: dict) -> str:
@@ -281,9 +283,12 @@ def _between(text: str, name: str, table: str) -> str:
 
 
 def render(text: str) -> str:
-    """The README with every table between its markers replaced."""
+    """A page with every table between its markers replaced."""
     if all((RESULTS / f"{name}.json").exists() for name in paper.RESULTS_USED):
         text = _between(text, "paper", paper.table(RESULTS))
+    if devices.BASELINE.exists() and devices.ROOFLINE.exists():
+        text = _between(text, "devices", devices.table())
+        text = _between(text, "mosaic", devices.mosaic())
     for name, table in TABLES.items():
         file = RESULTS / f"{name}.json"
         if file.exists():
@@ -294,13 +299,15 @@ def render(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare, exit 1 on a difference")
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = render(old)
-    if parser.parse_args().check:
-        return int(old != new)
-    readme.write_text(new)
-    return 0
+    check, different = parser.parse_args().check, False
+    for name in PAGES:
+        page = ROOT / name
+        old = page.read_text()
+        new = render(old)
+        different |= old != new
+        if not check:
+            page.write_text(new)
+    return int(check and different)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,26 @@ python benchmarks/roofline.py --measure times this machine's TPU or GPU beside t
 A scan of n rows for b queries takes the longest of: reading the rows once; multiplying them by the
 queries at the peak rate; and, for codes on TPUs, issuing the compiled instructions (bundles of
 ``aot/baseline.json``, for few and for 128 queries, a line between and beyond) at the clock. Beyond
-256 queries the rows are decoded again. Real programs are slower: no latency, no selection of the
-last k, no launch is counted, and exact rows are charged bytes and products alone. The predicted
-columns are of published peaks, not of a run.
+256 queries the rows are decoded again. Of the two cores of a v4 or v5p the second has work from
+then on. Real programs are slower: no latency, no selection of the last k, no launch is counted, and
+exact rows are charged bytes and products alone. The predicted columns are of published peaks, not
+of a run.
+
+A scan of a tree, 30 of 1,024 leaves of equal size, takes a window and 8 queries or more an entry of
+its work list: it reads the window's codes and marks, writes the best of each bin, which the merging
+reads again, and issues the bundles of a step. A leaf is wanted by a binomial number of a batch of
+at most 256 queries, and decoded once for each group of them. Ranking, lists and merging are left
+out. From some batch on a scan of all rows, of codes or exact ones, takes no longer.
 """
 
 import argparse
 import json
+import math
 import pathlib
 import time
 
 import record
+import tree_problem
 
 HERE = pathlib.Path(__file__).parent
 # Published peaks a chip: bytes/s, bfloat16 operations/s, clock in Hz and cores where published.
@@ -31,6 +40,7 @@ DEVICES = {
 M, K, S = 64, 16, 2
 BATCHES = (1, 8, 32, 128, 512, 2048)
 AGAIN = 256  # queries for which rows are decoded once
+ROWS, LEAVES, PROBED, BINS = 1 << 20, 1024, 30, 128  # of the tree, as in aot/programs.py
 
 
 def predict(device: str, cases: dict) -> dict:
@@ -46,7 +56,8 @@ def predict(device: str, cases: dict) -> dict:
         def issued(b):
             part = min(b, AGAIN)
             bundles = few["bundles_per_128"] + slope * max(part - 16, 0)
-            return -(-b // AGAIN) * bundles / 128 / (clock * cores)
+            passes = -(-b // AGAIN)
+            return passes * bundles / 128 / (clock * min(cores, passes))
 
     def seconds(kind: str, b: int) -> float:
         passes = -(-b // AGAIN) if kind == "codes" else 1
@@ -59,7 +70,47 @@ def predict(device: str, cases: dict) -> dict:
             (b for b in range(1, 4097) if seconds("bfloat16", b) <= seconds("codes", b)), None
         )
 
+    def entries(b: int) -> tuple[float, int]:
+        """Entries of the work lists of a batch, and queries of a group, as `worklist.plan_of`."""
+        part, lists = min(b, AGAIN), -(-b // AGAIN)
+        wanted = 1.5 * part * PROBED / LEAVES
+        fewest = 16 if device == "h100" else 8
+        group = min(128, max(fewest, 1 << math.ceil(math.log2(max(wanted, 1)))))
+        share = PROBED / LEAVES
+        chance = [
+            math.comb(part, c) * share**c * (1 - share) ** (part - c) for c in range(part + 1)
+        ]
+        return lists * LEAVES * sum(p * -(-c // group) for c, p in enumerate(chance)), group
+
+    scan = cases.get(f"{device}/{M}x{K}x{S}/tree", {})
+    points = scan.get("points", 1.25 * ROWS / LEAVES)
+
+    def tree_work(b: int) -> dict:
+        """Bytes and operations of a batch, and seconds."""
+        count, group = entries(b)
+        moved = count * (points * (size["codes"] + 4) + 2 * group * BINS * 4)
+        operations = count * 2 * d * group * points
+        longest = max(moved / bandwidth, operations / peak)
+        if issued is not None and "bundles_per_128" in scan:
+            bundles = scan["bundles_per_128"] + slope * (group - 8)
+            longest = max(longest, count * bundles * points / 128 / (clock * cores))
+        return {"bytes": moved, "operations": operations, "seconds": longest}
+
+    def tree_crossover(kind: str) -> int | None:
+        """Smallest batch at which a scan of all rows takes no longer than the tree."""
+        return next(
+            (b for b in range(1, 4097) if ROWS * seconds(kind, b) <= tree_work(b)["seconds"]), None
+        )
+
+    tree = {b: tree_work(b) for b in BATCHES}
     return {
+        "tree": {
+            "bytes_a_query": {b: round(w["bytes"] / b) for b, w in tree.items()},
+            "operations_a_query": {b: round(w["operations"] / b) for b, w in tree.items()},
+            "queries_a_second": {b: round(b / w["seconds"]) for b, w in tree.items()},
+            "stops_paying_against_all_codes_at_batch": tree_crossover("codes"),
+            "stops_paying_against_bfloat16_rows_at_batch": tree_crossover("bfloat16"),
+        },
         "bytes_a_row": size,
         "operations_a_row_and_query": 2 * d,
         "instructions_counted": issued is not None,
@@ -72,7 +123,10 @@ def predict(device: str, cases: dict) -> dict:
 
 
 def measure(n: int) -> dict:
-    """Nanoseconds a row and batch on this machine's device: codes by Pallas, exact rows by XLA."""
+    """Nanoseconds a row and batch on this machine's device: codes and tree by Pallas, exact by XLA.
+
+    The tree's are of its whole search, without rescoring, over all n rows.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -110,11 +164,19 @@ def measure(n: int) -> dict:
             times.append(time.perf_counter() - start)
         return round(sorted(times)[len(times) // 2] / n * 1e9, 4)
 
-    found = {"device": jax.devices()[0].device_kind, "rows": n, "codes": {}, "bfloat16": {}}
+    problem = tree_problem.make(n, LEAVES, M, K, S)
+
+    @jax.jit
+    def probing(q):
+        return problem.search(q, PROBED, f"pallas_{platform}")
+
+    ways = {"codes": quantized, "bfloat16": exact, "tree": probing}
+    found = {"device": jax.devices()[0].device_kind, "rows": n, **{name: {} for name in ways}}
     for b in BATCHES:
         q = jax.random.normal(jax.random.key(b), (b, M * S))
-        found["codes"][b], found["bfloat16"][b] = nanoseconds(quantized, q), nanoseconds(exact, q)
-        print(b, found["codes"][b], found["bfloat16"][b], flush=True)
+        for name, run in ways.items():
+            found[name][b] = nanoseconds(run, q)
+        print(b, *(found[name][b] for name in ways), flush=True)
     return found
 
 
@@ -133,6 +195,7 @@ def main() -> None:
     }
     for device, row in result["predicted"].items():
         print(device, row["ns_a_row"], "codes stop paying at", row["codes_stop_paying_at_batch"])
+        print("  tree", row["tree"])
     record.write("roofline", result, options.output)
 
 

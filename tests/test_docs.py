@@ -78,6 +78,9 @@ class TestReadme:
         text = (ROOT / "README.md").read_text()
         assert "<!-- paper: begin -->" in text
         assert report.render(text) == text
+        page = (ROOT / "docs" / "accelerators.md").read_text()
+        assert "<!-- mosaic: begin -->\n|" in page
+        assert report.render(page) == page
 
     def test_the_files_it_names_exist(self):
         text = (ROOT / "README.md").read_text()

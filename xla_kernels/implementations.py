@@ -13,7 +13,7 @@ from . import library
 SIMD_LEVELS = ("avx512vbmi", "avx512bw", "avx2", "neon", "portable")
 
 _NAMES = ("reference", "xla", "cpu")
-#: Kernels of `adc_top_k` for accelerators, and the platform each is for.
+#: Kernels for accelerators of `adc_top_k` and `tree_search`, and the platform each is for.
 PALLAS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 
@@ -23,7 +23,8 @@ def available_implementations() -> dict[str, Any]:
     Returns:
       A dict: ``"implementations"`` maps each name to True or the reason against it; ``"simd"`` is
       the instruction set of ``"cpu"`` in use (None without it); ``"simd_levels"`` maps every level
-      to True or the reason; ``"default"`` is what ``implementation=None`` means on this platform.
+      to True or the reason; ``"default"`` is what ``implementation=None`` means on this platform,
+      and ``"tree_default"`` what it means for `tree_search`, if the tree fits the kernel.
 
     Example:
       >>> available_implementations()["implementations"]["xla"]
@@ -31,7 +32,9 @@ def available_implementations() -> dict[str, Any]:
     """
     loaded = library.load()
     compiled = loaded.handle is not None
-    on_cpu = jax.default_backend() == "cpu"
+    platform = jax.default_backend()
+    default = "cpu" if compiled and platform == "cpu" else "xla"
+    pallas = {other: name for name, other in PALLAS.items()}
     return {
         "implementations": {
             "reference": True,
@@ -41,7 +44,8 @@ def available_implementations() -> dict[str, Any]:
         },
         "simd": library.simd_level(),
         "simd_levels": {level: library.level_reason(level) or True for level in SIMD_LEVELS},
-        "default": "cpu" if compiled and on_cpu else "xla",
+        "default": default,
+        "tree_default": pallas.get(platform, default),
     }
 
 

@@ -57,13 +57,26 @@ def block_size(layout: str) -> int:
 
 
 def native_layout(num_codewords: int) -> str:
-    """Return the layout `pack_codes` picks on this machine for that many codewords."""
+    """Return the layout that this machine's CPU scans fastest, for that many codewords."""
     level = library.simd_level()
     if level is None:
         return "columns"
     if num_codewords > 16:
         return "bytes"
     return "dwords" if level == "avx512vbmi" else "lanes"
+
+
+def default_layout(num_codewords: int) -> str:
+    """Return the layout `pack_codes` picks: that of the CPU, or the points last for accelerators.
+
+    Example:
+      >>> default_layout(16) in LAYOUTS
+      True
+    """
+    platform = jax.default_backend()
+    if platform == "tpu" and num_codewords <= 16:
+        return "nibbles"
+    return "columns" if platform in ("tpu", "gpu") else native_layout(num_codewords)
 
 
 def pack_codes(codes: Any, *, num_codewords: int, layout: str | None = None) -> PackedCodes:
@@ -73,7 +86,7 @@ def pack_codes(codes: Any, *, num_codewords: int, layout: str | None = None) -> 
       codes: codes of ``n`` points in ``m`` subspaces, each below ``num_codewords``. A larger code
         is memory safe but scores as an arbitrary codeword; check codes where they are loaded.
       num_codewords: entries of a subspace's table, 1 to 256.
-      layout: one of `LAYOUTS`; None picks by the processor (see `available_implementations`).
+      layout: one of `LAYOUTS`; None picks by the default device (see `available_implementations`).
 
     Returns:
       `PackedCodes`, accepted wherever codes are.
@@ -95,7 +108,7 @@ def pack_codes(codes: Any, *, num_codewords: int, layout: str | None = None) -> 
     if not 1 <= num_codewords <= 256:
         raise ValueError(f"num_codewords must be 1 to 256, got {num_codewords}")
     if layout is None:
-        layout = native_layout(num_codewords)
+        layout = default_layout(num_codewords)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     if layout in ("nibbles", "dwords", "lanes") and num_codewords > 16:

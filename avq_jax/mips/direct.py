@@ -71,7 +71,7 @@ def host_queries(queries: Any, dim: int) -> tuple[np.ndarray, bool]:
 
 def bind(index: Index, effort: Any) -> Callable | None:
     """The compiled kernel called without JAX between, where it does all that a search does."""
-    if index.tree is None or effort.implementation == "xla" or not index.num_rows:
+    if index.tree is None or effort.implementation not in (None, "cpu") or not index.num_rows:
         return None
     if index.metric == "l2" and not effort.rescore:
         return None

@@ -10,9 +10,10 @@ import numpy as np
 
 from avq_jax.checks import as_count, as_queries, as_rows
 from avq_jax.loss import residuals
+from avq_jax.mips.effort import Effort, effort_of
 from avq_jax.mips.index import Index
 from avq_jax.mips.projection import lift
-from avq_jax.mips.searcher import Effort, effort_of, search
+from avq_jax.mips.searcher import search
 from avq_jax.quantization import Codes, decode
 from xla_kernels import code_rows
 from xla_kernels.tree_search.effort import SURE_LEAVES

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
-import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from avq_jax.checks import as_count, as_queries, is_traced
+from avq_jax.checks import as_queries, is_traced
 from avq_jax.mips.direct import DIRECT_QUERIES, bind, bound, host_queries
+from avq_jax.mips.effort import Effort, effort_of
 from avq_jax.mips.exact import SearchResult, power_of_two
 from avq_jax.mips.filtering import filtered_search, restrict
 from avq_jax.mips.index import Index
@@ -42,58 +41,6 @@ _LARGE = 2.0**40
 _MAX = float(jnp.finfo(jnp.float32).max)
 
 
-class Effort(NamedTuple):
-    """Static settings of a search."""
-
-    k: int
-    leaves_to_search: int
-    rescore: int
-    implementation: Implementation | None
-    adaptive: float | None = None
-    retrieve: int | None = None
-
-
-def effort_of(
-    index: Index,
-    k: Any,
-    leaves_to_search: Any,
-    rescore: Any,
-    implementation: Any,
-    adaptive: Any = None,
-    overretrieve: Any = None,
-) -> Effort:
-    """Settings of a search, checked, with the defaults of the index."""
-    k = as_count(k, name="k")
-    if leaves_to_search is None:
-        leaves_to_search = index.leaves_to_search
-    leaves = min(as_count(leaves_to_search, name="leaves_to_search"), index.num_leaves)
-    if rescore is None:
-        rescore = max(10 * k, 100) if index.store is not None else 0
-    rescore = as_count(rescore, name="rescore", minimum=0)
-    if index.store is None and rescore:
-        raise ValueError(
-            "rescore must be 0 for an index built with rescore_dtype=None, which keeps no rows; "
-            f"got {rescore}"
-        )
-    if 0 < rescore < k:
-        raise ValueError(f"rescore must be 0 (off) or at least k = {k}; got {rescore}")
-    if adaptive is not None:
-        if not (_is_number(adaptive) and adaptive >= 0):
-            raise ValueError(f"adaptive must be None or a number >= 0; got {adaptive!r}")
-        adaptive = float(adaptive)
-    retrieve = None
-    if overretrieve is not None:
-        if not (_is_number(overretrieve) and 1 <= overretrieve < math.inf):
-            raise ValueError(f"overretrieve must be None or a number >= 1; got {overretrieve!r}")
-        slots = 0 if index.tree is None else index.tree.packed.slot_rows.shape[0]
-        retrieve = max(rescore, math.ceil(min(overretrieve * rescore, slots)))
-    return Effort(k, leaves, rescore, implementation, adaptive, retrieve)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def _as_mask(allowed: Any, b: Any, n: int) -> Any:
     if allowed is None:
         return None
@@ -118,6 +65,7 @@ def search(
     rescore: int | None = None,
     adaptive: float | None = None,
     overretrieve: float | None = None,
+    recall_target: float = 1.0,
     allowed: Any = None,
     implementation: Implementation | None = None,
 ) -> SearchResult:
@@ -147,11 +95,14 @@ def search(
         ``rescore`` distinct rows of them are rescored. For rows that lie in two leaves
         (``soar_lambda``), whose copies would take two places. ``None`` is 2 for such rows where
         ``rescore`` is below 3 k, else 1.
+      recall_target: expected share of the candidates that the Pallas kernels find, in (0, 1]. Below
+        1 they keep the best slot of each bin, which saves memory traffic and selection; other
+        implementations pass over it. See :func:`xla_kernels.tree_search`.
       allowed: boolean mask ``[n]`` or ``[b, n]`` of rows that may be returned. Where it allows
         few rows (n / 64, or 4,096 if that is more) they are scored exactly; where it allows more,
         up to 16 times as many leaves are probed, so that recall does not fall.
-      implementation: of the scan, ``"cpu"`` (compiled kernel), ``"xla"``, or ``None`` for the best
-        that can run.
+      implementation: of the scan, ``"cpu"`` (compiled kernel), ``"pallas_tpu"`` or ``"pallas_gpu"``
+        (never run on a device), ``"xla"``, or ``None`` for the best that can run.
 
     Returns:
       ``SearchResult(scores, ids)``, ``float32`` and ``int32`` of shape ``[b, k]``. Scores are
@@ -176,13 +127,15 @@ def search(
     """
     if not isinstance(index, Index):
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
-    if allowed is None and type(queries) is np.ndarray and implementation in (None, "cpu"):
+    plain = allowed is None and type(queries) is np.ndarray and recall_target == 1.0
+    if plain and implementation in (None, "cpu"):
         settings = (k, leaves_to_search, rescore, adaptive, overretrieve)
         found = _few_from_host(index, queries, settings)
         if found is not None:
             return found
     rows, single = as_queries(queries, width=index.dim)
-    effort = effort_of(index, k, leaves_to_search, rescore, implementation, adaptive, overretrieve)
+    more = (adaptive, overretrieve, recall_target)
+    effort = effort_of(index, k, leaves_to_search, rescore, implementation, *more)
     mask = _as_mask(allowed, rows.shape[0], index.num_rows)
     result = _search(index, rows, mask, effort)
     return SearchResult(result.scores[0], result.ids[0]) if single else result
@@ -276,6 +229,7 @@ def _probe(index: Index, tree: PackedTree, q: Array, effort: Effort) -> tuple[Ar
         row_queries=None if seen is q else q,
         deviations=effort.adaptive,
         retrieve=effort.retrieve,
+        recall_target=effort.recall_target,
         k=effort.k,
         leaves_to_search=effort.leaves_to_search,
         rescore=effort.rescore,
@@ -335,6 +289,7 @@ def searcher(
     rescore: int | None = None,
     adaptive: float | None = None,
     overretrieve: float | None = None,
+    recall_target: float = 1.0,
     allowed: Any = None,
     implementation: Implementation | None = None,
 ) -> Callable[[Any], SearchResult]:
@@ -347,6 +302,7 @@ def searcher(
       rescore: as in :func:`search`.
       adaptive: as in :func:`search`.
       overretrieve: as in :func:`search`.
+      recall_target: as in :func:`search`.
       allowed: boolean mask ``[n]`` of rows that may be returned, as in :func:`search`; what it
         takes to look at those alone is made once, so that a search costs no more for it.
       implementation: as in :func:`search`.
@@ -368,7 +324,8 @@ def searcher(
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
     if is_traced(index):
         raise TypeError("searcher needs concrete arrays; inside jit call search instead")
-    effort = effort_of(index, k, leaves_to_search, rescore, implementation, adaptive, overretrieve)
+    more = (adaptive, overretrieve, recall_target)
+    effort = effort_of(index, k, leaves_to_search, rescore, implementation, *more)
     index = jax.tree.map(jnp.asarray, index)
     kept = None
     if allowed is not None:

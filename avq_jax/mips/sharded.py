@@ -224,6 +224,8 @@ def search_sharded(
 def _search_parts(parts: Any, q: Array, effort: tuple, meta: tuple) -> tuple[Array, Array]:
     k, leaves, rescore, implementation = effort
     mesh, axis, queries_axis, metric, each = meta
+    # Rows are rescored by XLA where the scan has a kernel of an accelerator.
+    exact_by = implementation if implementation in ("xla", "cpu") else None
 
     count = mesh.shape[axis]
 
@@ -245,7 +247,7 @@ def _search_parts(parts: Any, q: Array, effort: tuple, meta: tuple) -> tuple[Arr
             stays = stays & (everywhere > -jnp.inf)
             more = jnp.any(stays.reshape(-1, count, width)[:, :, -1])
             chosen = jnp.where(_my_rows(stays, axis, count)[:b], numbers, -1)
-            found = _rescored(q, rows, scale, chosen, k, metric, implementation)
+            found = _rescored(q, rows, scale, chosen, k, metric, exact_by)
             return *found, jax.lax.pmax(more.astype(jnp.int32), axis)
 
         if rescore:

@@ -3,11 +3,11 @@
 python benchmarks/aot/compile.py            compare with baseline.json (`make aot` does this)
 python benchmarks/aot/compile.py --write    write it
 
-Needs ``jax[tpu,cuda13]``. Each case is a process of its own, as a compiler may take it down. Of
-each: memory beside operands and results, no array of a score for each row, and for TPUs the bundles
-(instruction words) of a block of points, from the compiler's own dump; for GPUs registers, spills
-and tensor-core instructions. Bundles say whether a change made the program longer, not how fast
-it is. A target whose compiler is not installed is reported as skipped.
+Needs ``jax[tpu,cuda13]`` and what avq_jax imports. Each case is a process of its own, as a compiler
+may take it down. Of each: memory beside operands and results, no array of a score for each row, and
+for TPUs the bundles (instruction words) of a block of points, from the compiler's own dump; for
+GPUs registers, spills and tensor-core instructions. Bundles say whether a change made the program
+longer, not how fast it is. A target whose compiler is not installed is reported as skipped.
 """
 
 import argparse
@@ -38,78 +38,21 @@ CASES += [f"{target}/64x16x2/{form}" for target in ("v5e", "h100") for form in (
 CASES += [f"{target}/64x16x2/few" for target in TPUS]
 # The tree in plain XLA, for its memory.
 CASES += ["h100/64x16x2/tree_xla"]
-BATCHES = {"few": 16, "tree_xla": 120}
+# The scan of a tree's work list; with one slot a bin; the whole of `avq_jax.search`.
+CASES += [f"{target}/{m}x{k}x{s}/tree" for target in (*TPUS, "h100") for m, k, s in SHAPES]
+CASES += [f"{target}/64x16x2/tree_exact" for target in ("v5e", "h100")]
+CASES += [f"{target}/64x16x2/search" for target in (*TPUS, "h100")]
+# How Mosaic GPU decodes.
+CASES += [f"h100/64x16x1/mosaic_{kind}" for kind in ("select", "affine")]
+BATCHES = {"few": 16, "tree_xla": 120, "tree": 120, "tree_exact": 120, "search": 120}
 TOLERANCE = 0.15
 # What the design promised, of the case it promised it for.
 MOST_BUNDLES = {"v5e/64x16x2/bins": 50.0}
 
 
-def compiled(case: str, device):
-    """The program of a case, compiled for a device of a topology."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import SingleDeviceSharding
-
-    from xla_kernels import FactoredTables, PackedCodes, adc_top_k
-
-    target, shape, form = case.split("/")
-    m, k, s = map(int, shape.split("x"))
-    sharding = SingleDeviceSharding(device)
-
-    def array(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    narrow = target in TPUS and k <= 16
-    data = array((m, N), jnp.uint4 if narrow else jnp.uint8)
-    codes = PackedCodes(data, N, m, k, "nibbles" if narrow else "columns")
-    b = BATCHES.get(form, B)
-    if form == "tree_xla":
-        from xla_kernels import PackedTree, tree_search
-
-        leaves, d = 1024, m * s
-        tree = PackedTree(
-            centroids=array((leaves, d), jnp.float32),
-            tiles=array((0, d // 2, 16, 2), jnp.int16),
-            centroid_scale=array((), jnp.float32),
-            ranking=array((0, d), jnp.float32),
-            leaf_offset=array((0,), jnp.float32),
-            starts=array((leaves + 1,), jnp.int32),
-            codewords=array((m, s, k), jnp.float32),
-            codes=PackedCodes(array((m, N), jnp.uint8), N, m, k, "columns"),
-            slot_offset=array((0,), jnp.float32),
-            slot_rows=array((N,), jnp.int32),
-            usable=array((1, N), jnp.bool_),
-            spread=array((leaves,), jnp.float32),
-        )
-
-        @jax.jit
-        def search(tree, queries, rows):
-            options = {"k": 10, "leaves_to_search": 30, "rescore": 100, "rows": rows}
-            return tree_search(tree, queries, implementation="xla", **options)
-
-        rows = array((N, d), jnp.bfloat16)
-        return search.lower(tree, array((b, d), jnp.float32), rows).compile()
-    if form == "tables":
-        tables = array((b, m, k), jnp.float32)
-    else:
-        tables = FactoredTables(array((b, m * s), jnp.float32), array((m, k, s), jnp.float32))
-
-    @jax.jit
-    def run(tables, codes):
-        return adc_top_k(
-            tables,
-            codes,
-            10,
-            recall_target=1.0 if form == "exact" else 0.95,
-            implementation="pallas_tpu" if target in TPUS else "pallas_gpu",
-        )
-
-    return run.lower(tables, codes).compile()
-
-
 def measure(case: str) -> dict:
     """Compile one case, in this process, and say what the compiler made of it."""
-    target = case.split("/")[0]
+    target, _, form = case.split("/")
     with tempfile.TemporaryDirectory() as dump:
         os.environ |= {
             "JAX_PLATFORMS": "cpu",
@@ -118,8 +61,13 @@ def measure(case: str) -> dict:
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
         }
         if target == "h100":
-            os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump}"
+            os.environ |= {
+                "XLA_FLAGS": f"--xla_dump_to={dump}",
+                "MOSAIC_GPU_DUMP_PTX": "1",
+                "MOSAIC_GPU_DUMP_TO": dump,
+            }
         sys.path.insert(0, str(HERE.parent.parent))
+        import programs
         from jax.experimental import topologies
 
         if target == "h100":
@@ -131,22 +79,26 @@ def measure(case: str) -> dict:
             )
         else:
             topology = topologies.get_topology_desc(TPUS[target], platform="tpu")
-        program = compiled(case, topology.devices[0])
+        narrow = target in TPUS
+        program = programs.compiled(case, topology.devices[0], BATCHES.get(form, B), N, narrow)
         result = {"temp_bytes": program.memory_analysis().temp_size_in_bytes}
-        text, b = program.as_text(), BATCHES.get(case.split("/")[-1], B)
+        text, b = program.as_text(), BATCHES.get(form, B)
+        if form.startswith("mosaic"):
+            return result | {"scores_of_all_rows": False} | gpu_figures(pathlib.Path(dump), "")
         result["scores_of_all_rows"] = bool(re.search(rf"\[{b},{N}\]|\[{N},{b}\]", text))
-        if "tree_xla" in case:
+        if form == "tree_xla":
             return result
+        kernel = "tree_windows" if form.startswith(("tree", "search")) else "adc_bins"
         read = gpu_figures if target == "h100" else tpu_figures
-        return result | read(pathlib.Path(dump))
+        return result | read(pathlib.Path(dump), kernel)
 
 
-def tpu_figures(dump: pathlib.Path) -> dict:
+def tpu_figures(dump: pathlib.Path, kernel: str) -> dict:
     """Bundles for 128 points of the longest kernel, prologue and spills included."""
     found = []
-    for analysis in dump.glob("*-adc_bins*schedule-analysis_final_bundles.txt"):
+    for analysis in dump.glob(f"*-{kernel}*schedule-analysis_final_bundles.txt"):
         (total,) = re.findall(r"total scheduled bundles: *(\d+)", analysis.read_text())
-        stem = re.match(r"(.*-adc_bins\.?\d*)-", analysis.name)[1]
+        stem = re.match(rf"(.*-{kernel}\.?\d*)-", analysis.name)[1]
         (final,) = (p for p in dump.glob(f"{stem}-*-final_bundles.txt") if "analy" not in p.name)
         codes = re.findall(r"window shape is u[48]\[\d+,(\d+)\]", final.read_text())
         points = -(-int(codes[0]) // 128) * 128
@@ -154,12 +106,13 @@ def tpu_figures(dump: pathlib.Path) -> dict:
     return max(found, key=lambda kernel: kernel["bundles_per_128"])
 
 
-def gpu_figures(dump: pathlib.Path) -> dict:
+def gpu_figures(dump: pathlib.Path, kernel: str) -> dict:
     """Registers, spills and tensor-core instructions of the kernel."""
     import nvidia
 
     (ptxas,) = (p for root in nvidia.__path__ for p in pathlib.Path(root).rglob("bin/ptxas"))
-    (ptx,) = (p for p in dump.glob("*.ptx") if ".entry adc_bins" in p.read_text())
+    (ptx,) = (p for p in dump.glob("*.ptx") if f".entry {kernel}" in p.read_text())
+    text = ptx.read_text()
     said = subprocess.run(
         [ptxas, "-v", "-arch=sm_90a", ptx, "-o", os.devnull],
         capture_output=True,
@@ -169,7 +122,8 @@ def gpu_figures(dump: pathlib.Path) -> dict:
     return {
         "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
         "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
-        "tensor_core_instructions": len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx.read_text())),
+        "tensor_core_instructions": len(re.findall(r"wgmma\.mma_async|mma\.sync", text)),
+        "selects": len(re.findall(r"\bselp\b", text)),
     }
 
 

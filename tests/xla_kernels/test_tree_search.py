@@ -142,10 +142,12 @@ class TestAgainstXla:
 def implementation(request):
     if request.param == "cpu":
         request.getfixturevalue("compiled")
-    return request.param
+    return {"implementation": request.param}
 
 
 class TestAnswer:
+    """Inherited by the kernels for accelerators too."""
+
     def test_everything_rescored_is_exact_and_ties_go_to_the_lowest_row(self, implementation):
         tree, rows, queries = make(integers=True)
         scores = np.asarray(queries) @ np.asarray(rows).T
@@ -156,7 +158,7 @@ class TestAnswer:
             leaves_to_search=7,
             rescore=900,
             rows=rows,
-            implementation=implementation,
+            **implementation,
         )
         order = np.argsort(-scores, axis=1, kind="stable")[:, :20]
         np.testing.assert_array_equal(found[1], order)
@@ -167,7 +169,7 @@ class TestAnswer:
         usable = np.zeros((1, len(tree.slot_rows)), bool)
         usable[0, np.flatnonzero(np.asarray(tree.slot_rows) >= 0)[:3]] = True
         queries = queries.at[2, 1].set(jnp.nan).at[5, 0].set(jnp.inf)
-        options = {"k": 5, "leaves_to_search": 7, "implementation": implementation}
+        options = {"k": 5, "leaves_to_search": 7, **implementation}
         scores, ids = (np.asarray(a) for a in tree_search(tree, queries, usable=usable, **options))
         allowed = set(np.asarray(tree.slot_rows)[usable[0]].tolist())
         for i in range(len(ids)):
@@ -184,7 +186,7 @@ class TestAnswer:
     def test_batches_change_nothing(self, implementation):
         tree, rows, queries = make(leaves=20, n=2000)
         options = {"k": 5, "leaves_to_search": 6, "rescore": 30, "rows": rows}
-        options["implementation"] = implementation
+        options |= implementation
         whole = tree_search(tree, queries, **options)
         single = [tree_search(tree, q[None], **options) for q in queries]
         for i, part in enumerate(("scores", "ids")):
@@ -203,12 +205,12 @@ class TestAnswer:
                 leaves_to_search=7,
                 rescore=50,
                 rows=rows,
-                implementation=implementation,
+                **implementation,
             )
             return found[0].sum()
 
         options = {"k": 3, "leaves_to_search": 7, "rescore": 50, "rows": rows}
-        ids = tree_search(tree, queries, implementation=implementation, **options)[1]
+        ids = tree_search(tree, queries, **implementation, **options)[1]
         by_query, by_row = jax.grad(total, argnums=(0, 1))(queries, rows)
         np.testing.assert_allclose(by_query, rows[ids].sum(axis=1), rtol=1e-5)
         expected = np.zeros(rows.shape, np.float32)

@@ -9,6 +9,7 @@ Compiled for an H100, never run on one: see ``make aot``.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -67,11 +68,71 @@ class _Plan(NamedTuple):
     operands: tuple[str, ...]
 
 
+def products(
+    named: dict[str, Any],
+    rows: jax.Array,
+    inside: jax.Array,
+    queries_of: Callable[[str, Any], jax.Array],
+    counts: tuple[int, int, int, int],
+) -> jax.Array:
+    """Decode some rows and multiply them with queries, within a kernel.
+
+    Args:
+      named: refs of "codes" and, where codes are of codewords, "words".
+      rows: ``int32[points]`` which.
+      inside: ``bool[points]`` those whose codes may be read.
+      queries_of: gives ``bfloat16[queries, step]``, even or odd columns of a slice of the entries.
+      counts: queries, entries of a subspace, entries of a row, and step.
+
+    Returns:
+      ``float32[queries, points]``.
+    """
+    queries, words, entries, step = counts
+    codes_ref = named["codes"]
+    m = codes_ref.shape[0]
+
+    def multiply(i: Any, total: jax.Array) -> jax.Array:
+        entry = i * step + jnp.arange(step, dtype=jnp.int32)
+        subspace, word = entry // words, entry % words
+        mask = (subspace < m)[:, None] & inside[None, :]
+        code = plgpu.load(
+            codes_ref.at[jnp.minimum(subspace, m - 1)[:, None], rows[None, :]],
+            mask=mask,
+            other=0,
+        ).astype(jnp.int32)
+        if "words" in named:
+            # Rows beyond the last subspace meet queries of zero.
+            table = jnp.minimum(entry, named["words"].shape[0] - 1)[:, None]
+            pair = plgpu.load(named["words"].at[table, code])
+            low = lax.bitcast_convert_type(pair << 16, jnp.float32)
+            high = lax.bitcast_convert_type(pair & -65536, jnp.float32)
+        else:
+            low = jnp.where(code == 2 * word[:, None], 1.0, 0.0)
+            high = jnp.where(code == 2 * word[:, None] + 1, 1.0, 0.0)
+        part = pl.ds(i * step, step)
+        for name, x in (("even", low), ("odd", high)):
+            q = queries_of(name, part)
+            total += jnp.dot(q, x.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+        return total
+
+    total = jnp.zeros((queries, rows.shape[0]), jnp.float32)
+    return lax.fori_loop(0, entries // step, multiply, total)
+
+
+def pack_queries(queries: jax.Array, multiple: int, step: int) -> tuple[jax.Array, jax.Array]:
+    """Even and odd columns of queries ``[b, m, s]``, ``bfloat16[b, entries]``, both axes padded."""
+    b, m, s = queries.shape
+    words = -(-s // 2)
+    x = jnp.pad(queries, ((0, -b % multiple), (0, 0), (0, s % 2))).astype(jnp.bfloat16)
+    x = x.reshape(-1, m * words, 2)
+    x = jnp.pad(x, ((0, 0), (0, -(m * words) % step), (0, 0)))
+    return x[:, :, 0], x[:, :, 1]
+
+
 def _kernel(first_ref: Any, *refs: Any, plan: _Plan) -> None:
     named = dict(zip(plan.operands, refs, strict=False))
     best_ref, at_ref = refs[len(plan.operands) :]
-    codes_ref, sizes = named["codes"], plan.sizes
-    m, program = codes_ref.shape[0], pl.program_id(0)
+    sizes, program = plan.sizes, pl.program_id(0)
     lanes = jnp.arange(sizes.points, dtype=jnp.int32)
     q_rows = pl.program_id(1) * sizes.queries + jnp.arange(sizes.queries, dtype=jnp.int32)
 
@@ -81,33 +142,13 @@ def _kernel(first_ref: Any, *refs: Any, plan: _Plan) -> None:
         rows = start + lanes
         inside = rows < plan.num_rows
 
-        def multiply(i: Any, total: jax.Array) -> jax.Array:
-            entry = i * sizes.step + jnp.arange(sizes.step, dtype=jnp.int32)
-            subspace, word = entry // plan.words, entry % plan.words
-            mask = (subspace < m)[:, None] & inside[None, :]
-            code = plgpu.load(
-                codes_ref.at[jnp.minimum(subspace, m - 1)[:, None], rows[None, :]],
-                mask=mask,
-                other=0,
-            ).astype(jnp.int32)
-            if "words" in named:
-                # Rows beyond the last subspace meet queries of zero.
-                table = jnp.minimum(entry, named["words"].shape[0] - 1)[:, None]
-                pair = plgpu.load(named["words"].at[table, code])
-                low = lax.bitcast_convert_type(pair << 16, jnp.float32)
-                high = lax.bitcast_convert_type(pair & -65536, jnp.float32)
-            else:
-                low = jnp.where(code == 2 * word[:, None], 1.0, 0.0)
-                high = jnp.where(code == 2 * word[:, None] + 1, 1.0, 0.0)
-            part = pl.ds(i * sizes.step, sizes.step)
-            for name, x in (("even", low), ("odd", high)):
-                q = named[name][:, part]
-                x = x.astype(jnp.bfloat16)
-                total += jnp.dot(q, x, preferred_element_type=jnp.float32)
-            return total
-
-        total = jnp.zeros((sizes.queries, sizes.points), jnp.float32)
-        scores = lax.fori_loop(0, plan.entries // sizes.step, multiply, total)
+        scores = products(
+            named,
+            rows,
+            inside,
+            lambda name, part: named[name][:, part],
+            (sizes.queries, plan.words, plan.entries, sizes.step),
+        )
         usable = jnp.broadcast_to(inside[None, :], scores.shape)
         if "gain" in named:
             scores *= plgpu.load(named["gain"].at[rows], mask=inside, other=0.0)[None, :]
@@ -163,24 +204,20 @@ def best_of_bins(
       row.
     """
     sizes = sizes or sizes_for(jax.devices()[0].device_kind)
-    b, m, s = queries.shape
+    b, _, s = queries.shape
     n = columns.shape[1]
-    per_subspace = -(-s // 2)
-    entries = -(-m * per_subspace // sizes.step) * sizes.step
-    padded = -(-b // sizes.queries) * sizes.queries
-    x = jnp.pad(queries, ((0, padded - b), (0, 0), (0, s % 2))).astype(jnp.bfloat16)
-    x = x.reshape(padded, m * per_subspace, 2)
-    x = jnp.pad(x, ((0, 0), (0, entries - m * per_subspace), (0, 0)))
+    even, odd = pack_queries(queries, sizes.queries, sizes.step)
+    padded, entries = even.shape
 
     def whole(array: Any) -> Any:
         return pl.BlockSpec(array.shape, lambda i, j: (0,) * array.ndim)
 
     by_query = pl.BlockSpec((sizes.queries, entries), lambda i, j: (j, 0))
-    operands = {"even": x[:, :, 0], "odd": x[:, :, 1], "words": words, "codes": columns}
+    operands = {"even": even, "odd": odd, "words": words, "codes": columns}
     operands |= {"gain": gain, "offset": offset, "valid": valid}
     operands = {name: array for name, array in operands.items() if array is not None}
     first = jnp.asarray(first, jnp.int32).reshape(1)
-    plan = _Plan(n, b, per_subspace, tiles, programs, entries, sizes, tuple(operands))
+    plan = _Plan(n, b, -(-s // 2), tiles, programs, entries, sizes, tuple(operands))
     out = (padded, programs * sizes.points)
     best, at = pl.pallas_call(
         functools.partial(_kernel, plan=plan),

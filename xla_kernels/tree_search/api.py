@@ -1,19 +1,21 @@
 """Search of quantized rows in the leaves of a k-means tree, whichever implementation runs it."""
 
-from typing import Any, Literal
+import functools
+import warnings
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import library
+from .. import implementations, library
 from ..layout import POINTS_LAST
 from ..varying import match_varying, varying_axes
-from . import cpu, xla
+from . import cpu, pallas, xla
 from .effort import effort_of
 from .packed import PackedTree
 
-Implementation = Literal["xla", "cpu"]
+Implementation = Literal["xla", "cpu", "pallas_tpu", "pallas_gpu"]
 
 
 def tree_search(
@@ -30,7 +32,9 @@ def tree_search(
     euclidean: bool = False,
     deviations: float | None = None,
     retrieve: int | None = None,
+    recall_target: float = 1.0,
     implementation: Implementation | None = None,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Rank leaves, scan the codes of the best, score the best candidates exactly.
 
@@ -58,7 +62,13 @@ def tree_search(
         save work where ``leaves_to_search`` is large; None passes over none.
       retrieve: slots kept by estimate, whose best ``rescore`` distinct rows are rescored; None
         takes ``rescore``, or twice that where rows lie in two leaves and few are rescored.
-      implementation: ``"cpu"``, ``"xla"``, or None for the best that can run.
+      recall_target: below 1, the Pallas kernels keep the best slot of each bin, of as many bins as
+        give that expected share of the slots kept by estimate if these lie with equal chance
+        anywhere in a quarter of the probed leaves; 1.0 gives each slot a bin of its own.
+      implementation: ``"cpu"``, ``"xla"``, ``"pallas_tpu"``, ``"pallas_gpu"``, or None for the best
+        that can run. The Pallas kernels choose candidates by scores of bfloat16's digits; they have
+        never run on a device.
+      interpret: run a Pallas kernel as plain JAX, slowly, where its device is missing.
 
     Returns:
       Scores ``float32[b, k]``, best first, and rows ``int32[b, k]``, each row once; -inf and -1
@@ -93,13 +103,15 @@ def tree_search(
     rows, row_scale, row_queries, usable = (
         None if a is None else jnp.asarray(a) for a in (rows, row_scale, row_queries, usable)
     )
-    run = _choose(tree, implementation, rows, euclidean)
+    if not 0.0 < recall_target <= 1.0:
+        raise ValueError(f"recall_target must be in (0, 1], got {recall_target!r}")
+    options = {"recall_target": float(recall_target), "interpret": interpret}
+    run = _choose(tree, queries, implementation, rows, euclidean, options)
     operands = (tree, queries, rows, row_scale, row_queries)
-    options: dict[str, Any] = {"effort": effort, "euclidean": euclidean}
 
     @jax.custom_jvp
     def found(operands: Any, usable: Any) -> Any:
-        return run(*operands, usable, **options)
+        return run(*operands, usable, effort=effort, euclidean=euclidean)
 
     @found.defjvp
     def _rule(primals: Any, tangents: Any) -> Any:
@@ -144,11 +156,27 @@ def _scores_of(operands: Any, ids: jax.Array, *, rescore: int, euclidean: bool) 
     return jax.lax.map(lambda z: estimate(*z), (queries, ids))
 
 
-def _choose(tree: PackedTree, implementation: str | None, rows: Any, euclidean: bool) -> Any:
-    if implementation not in (None, "xla", "cpu"):
-        raise ValueError(f"implementation must be None, 'xla' or 'cpu'; got {implementation!r}")
+_NAMES = (None, *get_args(Implementation))
+
+
+def _choose(
+    tree: PackedTree,
+    queries: Any,
+    implementation: str | None,
+    rows: Any,
+    euclidean: bool,
+    options: dict[str, Any],
+) -> Any:
+    if implementation not in _NAMES:
+        raise ValueError(f"implementation must be one of {_NAMES}; got {implementation!r}")
     if implementation == "xla":
         return xla.tree_search
+    if implementation in implementations.PALLAS:
+        reason = pallas.unsupported(tree, queries, implementation)
+        if reason:
+            raise ValueError(f"implementation {implementation!r} cannot run: {reason}")
+        implementations.require_pallas(implementation, options["interpret"], (tree, queries))
+        return _pallas(implementation, options)
     fits = tree.codes.layout not in POINTS_LAST and not (
         euclidean and rows is not None and rows.dtype != jnp.float32
     )
@@ -160,20 +188,35 @@ def _choose(tree: PackedTree, implementation: str | None, rows: Any, euclidean: 
                 "implementation 'cpu' needs packed codes, and float32 rows for Euclidean scores"
             )
         return cpu.tree_search
-    if not library.available() or not fits:
+    branches = {"cpu": cpu.tree_search} if library.available() and fits else {}
+    # Where the program is for another platform than this one's, plain XLA is what runs everywhere.
+    name = {platform: name for name, platform in implementations.PALLAS.items()}.get(
+        jax.default_backend()
+    )
+    if name is not None:
+        reason = pallas.unsupported(tree, queries, name)
+        if reason is None:
+            branches["cuda" if name == "pallas_gpu" else "tpu"] = _pallas(name, options)
+        else:
+            warnings.warn(f"tree_search runs plain XLA, not {name}: {reason}", stacklevel=3)
+    if not branches:
         return xla.tree_search
 
     def by_platform(*args: Any, **options: Any) -> Any:
         axes = varying_axes(*jax.tree.leaves(args))
 
         def run(search: Any) -> Any:
-            # Both branches must vary alike over the devices of shard_map.
+            # All branches must vary alike over the devices of shard_map.
             return lambda *a: jax.tree.map(
                 lambda x: match_varying(x, axes), tuple(search(*a, **options))
             )
 
-        return jax.lax.platform_dependent(
-            *args, cpu=run(cpu.tree_search), default=run(xla.tree_search)
-        )
+        chosen = {platform: run(search) for platform, search in branches.items()}
+        return jax.lax.platform_dependent(*args, **chosen, default=run(xla.tree_search))
 
     return by_platform
+
+
+def _pallas(name: str, options: dict[str, Any]) -> Any:
+    kernel = pallas.Kernel(name, options["recall_target"], None, options["interpret"])
+    return functools.partial(pallas.tree_search, kernel=kernel)

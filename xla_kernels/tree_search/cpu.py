@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 
 from ..adc.cpu import LAYOUT_NUMBERS
 from ..varying import ffi_call
 from .effort import Effort
+from .folding import folded
 from .packed import PackedTree
 
 
@@ -35,10 +35,8 @@ def tree_search(
         "euclidean": np.bool_(euclidean),
     }
     empty, k = jnp.zeros(0, jnp.float32), effort.k
-    slots = tree.slot_rows.shape[0]  # the rule below must not hold on to traced arrays
 
-    @custom_vmap
-    def call(queries: Any, row_queries: Any, usable: Any, rest: Any) -> Any:
+    def search(queries: Any, row_queries: Any, usable: Any, rest: Any) -> Any:
         b = queries.shape[0]
         out = (
             jax.ShapeDtypeStruct((b, k), jnp.float32),
@@ -48,29 +46,8 @@ def tree_search(
         operands = (queries, *before, usable, *after, row_queries)
         return tuple(ffi_call("xla_kernels_tree_search", out, *operands, **attributes))
 
-    @call.def_vmap
-    def _fold(
-        size: int, batched: Any, queries: Any, row_queries: Any, usable: Any, rest: Any
-    ) -> Any:
-        if any(jax.tree.leaves(batched[3])):
-            args = (queries, row_queries, usable, rest)
-
-            def step(i: Any) -> Any:
-                return call(*jax.tree.map(lambda x, b: x[i] if b else x, args, tuple(batched)))
-
-            return jax.lax.map(step, jnp.arange(size)), (True, True)
-        if not batched[0]:
-            queries = jnp.broadcast_to(queries[None], (size, *queries.shape))
-        if not batched[1]:
-            row_queries = jnp.broadcast_to(row_queries[None], (size, *row_queries.shape))
-        b = queries.shape[1]
-        if batched[2] or usable.shape[-2] > 1:
-            usable = usable if batched[2] else usable[None]
-            usable = jnp.broadcast_to(usable, (size, b, slots)).reshape(size * b, slots)
-        queries, row_queries = (q.reshape(size * b, q.shape[2]) for q in (queries, row_queries))
-        scores, ids = call(queries, row_queries, usable, rest)
-        return (scores.reshape(size, b, k), ids.reshape(size, b, k)), (True, True)
-
+    # Its rule must not hold on to traced arrays.
+    call = folded(search, k=k, slots=tree.slot_rows.shape[0])
     pairs = (tree.centroids.shape[1] + 1) // 2
     tiles = jnp.zeros((0, pairs, 16, 2), jnp.int16)
     groups: tuple = (tiles, jnp.float32(1), empty, jnp.zeros(0, jnp.int32))

@@ -59,19 +59,10 @@ def tree_search(
         mask = tree.usable[0] if mask is None else mask
 
         def run() -> Any:
-            # Where a row may have two slots, one of them is spare.
-            count = max(effort.retrieve, 2 * k) if rescore else 2 * k + SPARE
-            found = _candidates(tree, q, shared, rank, mask, effort, count)
-            numbers = tree.slot_rows[jnp.maximum(found.slots, 0)]
-            if not rescore:
-                exact = slot_scores(tree, q, found.slots)
-                return best_rows(jnp.where(found.slots >= 0, exact, -jnp.inf), numbers, k)
-            kept = found.slots >= 0
-            if effort.retrieve > rescore:
-                kept = kept & _first_distinct(numbers, rescore)
+            found = _candidates(tree, q, shared, rank, mask, effort, kept_slots(effort))
+            store = (rows, row_scale)
             q_full = q if full is None else full
-            exact = row_scores(rows, row_scale, q_full, numbers, euclidean=euclidean)
-            return best_rows(jnp.where(kept, exact, -jnp.inf), numbers, k)
+            return best_of_slots(tree, q, q_full, found.slots, store, effort, euclidean)
 
         def nothing() -> Any:
             # Made from `ok`, so that both branches vary alike over the devices of shard_map.
@@ -82,14 +73,7 @@ def tree_search(
 
     def tile(args: Any) -> Any:
         q, full, mask, ok = args
-        shared = jnp.matmul(q, tree.centroids.T, precision=_HIGHEST)
-        rank = shared
-        if tree.ranking.shape[0]:
-            rank = jnp.matmul(q, tree.ranking.T, precision=_HIGHEST)
-        rank = rank + tree.leaf_offset[None, :] if tree.leaf_offset.shape[0] else rank
-        if tree.groups is not None:
-            inside = _in_best_groups(tree.groups, q, rank.shape[1], effort.leaves_ranked)
-            rank = jnp.where(inside, rank, -jnp.inf)
+        shared, rank = leaf_scores(tree, q, effort)
         return jax.lax.map(one, (q, full, shared, rank, mask, ok))
 
     # Written so that a batch of symbolic size divides too (jax.export).
@@ -104,6 +88,45 @@ def tree_search(
     operands = (queries, row_queries, usable, finite)
     scores, ids = jax.lax.map(tile, jax.tree.map(in_tiles, operands))
     return scores.reshape(tiles * _TILE, k)[:b], ids.reshape(tiles * _TILE, k)[:b]
+
+
+def kept_slots(effort: Effort) -> int:
+    """Slots a scan keeps; where a row may have two, one of them is spare."""
+    return max(effort.retrieve, 2 * effort.k) if effort.rescore else 2 * effort.k + SPARE
+
+
+def leaf_scores(tree: PackedTree, q: jax.Array, effort: Effort) -> tuple[jax.Array, jax.Array]:
+    """``<q, centroid>`` and what ranks the leaves, both ``float32[b, L]``."""
+    shared = jnp.matmul(q, tree.centroids.T, precision=_HIGHEST)
+    rank = shared
+    if tree.ranking.shape[0]:
+        rank = jnp.matmul(q, tree.ranking.T, precision=_HIGHEST)
+    rank = rank + tree.leaf_offset[None, :] if tree.leaf_offset.shape[0] else rank
+    if tree.groups is not None:
+        inside = _in_best_groups(tree.groups, q, rank.shape[1], effort.leaves_ranked)
+        rank = jnp.where(inside, rank, -jnp.inf)
+    return shared, rank
+
+
+def best_of_slots(
+    tree: PackedTree,
+    q: jax.Array,
+    q_full: jax.Array,
+    slots: jax.Array,
+    store: tuple[jax.Array | None, jax.Array | None],
+    effort: Effort,
+    euclidean: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The k best rows of a query, of slots best first, by score from the store or from codes."""
+    numbers = tree.slot_rows[jnp.maximum(slots, 0)]
+    kept = slots >= 0
+    if effort.rescore:
+        if effort.retrieve > effort.rescore:
+            kept = kept & _first_distinct(numbers, effort.rescore)
+        scores = row_scores(*store, q_full, numbers, euclidean=euclidean)
+    else:
+        scores = slot_scores(tree, q, slots)
+    return best_rows(jnp.where(kept, scores, -jnp.inf), numbers, effort.k)
 
 
 def row_scores(rows: Any, row_scale: Any, q: Any, numbers: Any, *, euclidean: bool) -> jax.Array:
