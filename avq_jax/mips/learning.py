@@ -38,6 +38,7 @@ from avq_jax.quantization import (
     fit_additive,
     fit_scale,
 )
+from avq_jax.quantization.additive import even_chunk
 from avq_jax.quantization.scale import level_numbers
 
 __all__ = [
@@ -344,11 +345,12 @@ def encode_leaves(
     found = np.empty((n, codec.num_subspaces), np.uint8)
     gains = np.empty(n, np.uint8) if isinstance(codec, Scaled) else None
     offset = np.empty(n, np.float32) if metric == "l2" else None
-    starts = range(0, n, _CHUNK)
+    size = max(1, even_chunk(n, _CHUNK))
+    starts = range(0, n, size)
     for step in steps(len(starts), "encoding", progress):
         # The last chunk overlaps the one before, so that one compiled shape serves all.
-        start = max(0, min(starts[step], n - _CHUNK))
-        i = np.arange(start, min(n, start + _CHUNK))
+        start = max(0, min(starts[step], n - size))
+        i = np.arange(start, min(n, start + size))
         residual = x[i] - center[leaves[i]]
         found[i], level = codes(codec, residual, terms(i))
         scale = None

@@ -29,7 +29,7 @@ from avq_jax.quantization.lloyd import History, LloydState, fit
 from avq_jax.quantization.rows import Rows, in_blocks
 from xla_kernels import assign_additive_codes
 
-__all__ = ["AdditiveCodebook", "fit_additive"]
+__all__ = ["AdditiveCodebook", "even_chunk", "fit_additive"]
 
 # Rows handed to one compiled call by the host loop of `encode`.
 _CHUNK = 1 << 16
@@ -108,6 +108,17 @@ def _search(
     )
 
 
+def even_chunk(n: int, most: int) -> int:
+    """Rows of a chunk, at most so many, where n rows are cut into as few chunks of one size.
+
+    Chunks of ``most`` rows would do up to a chunk of the work twice.
+
+    >>> even_chunk(331_479, 65_536), even_chunk(10, 65_536)
+    (55247, 10)
+    """
+    return -(-n // -(-n // most)) if n else 0
+
+
 @functools.partial(jax.jit, static_argnames="num_sweeps")
 def _encode(codec: AdditiveCodebook, rows: Rows, num_sweeps: int) -> Array:
     return _search(codec.codewords, rows, None, codec.kicks, num_sweeps)
@@ -129,11 +140,12 @@ def _(
     if n <= _CHUNK or is_traced(codec, rows):
         return Codes(_encode(codec, rows, num_sweeps))
     out = np.empty((n, codec.num_subspaces), np.uint8)
-    for start in range(0, n, _CHUNK):
+    size = even_chunk(n, _CHUNK)
+    for start in range(0, n, size):
         # The last chunk overlaps the one before, so that one compiled shape serves all.
-        start = min(start, n - _CHUNK)
-        part = jax.tree.map(lambda leaf, a=start: leaf[a : a + _CHUNK], rows)
-        out[start : start + _CHUNK] = _encode(codec, part, num_sweeps)
+        start = min(start, n - size)
+        part = jax.tree.map(lambda leaf, a=start: leaf[a : a + size], rows)
+        out[start : start + size] = _encode(codec, part, num_sweeps)
     return Codes(jnp.asarray(out))
 
 
