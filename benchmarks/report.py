@@ -241,9 +241,9 @@ def _quality(result: dict) -> str:
 def _weights(result: dict) -> str:
     measures = ("1@1", "1@10", "10@10", "10@100")
     lines = [
-        f"{result['rows']:,} rows and {result['queries']:,} queries of `{result['dataset']}`, codes "
-        f"of {result['codes']} learned on {result['sample']:,} rows and scored exhaustively, no "
-        "rescoring. Raw rows, by inner product:",
+        f"{result['rows']:,} rows and {result['queries']:,} queries of `{result['dataset']}`, "
+        f"codes of {result['codes']} learned on {result['sample']:,} rows and scored exhaustively, "
+        "no rescoring. Raw rows, by inner product:",
         "",
         "| weight | its part in the loss | recall 1@1 | 1@10 | 10@10 | 10@100 |",
         "|---|---|---|---|---|---|",

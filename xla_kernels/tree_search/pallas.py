@@ -121,7 +121,8 @@ def operands_of(module: Any, tree: PackedTree, queries: jax.Array) -> Any:
     """What the entries of a work list share, laid out for the kernel of a module."""
     terms = tree.slot_offset if tree.slot_offset.shape[0] else jnp.float32(0)
     offset = jnp.where(tree.usable[0], terms, -jnp.inf)
-    return module.pack(*_factors(tree, queries), _columns(tree), offset)
+    gain = None if tree.gains is None else tree.gains.levels[tree.gains.level.astype(jnp.int32)]
+    return module.pack(*_factors(tree, queries), _columns(tree), offset, gain)
 
 
 def _in_blocks(run: Any, size: int, *arrays: jax.Array) -> Any:

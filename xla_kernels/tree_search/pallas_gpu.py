@@ -35,6 +35,7 @@ class Operands(NamedTuple):
       codes: ``uint8[m, S]``.
       offset: ``float32[S]``, -inf where a slot may not be returned.
       each: entries of a subspace.
+      gain: ``float32[S]``, factors of the sums of the slots, or None.
     """
 
     even: Any
@@ -43,15 +44,21 @@ class Operands(NamedTuple):
     codes: Any
     offset: Any
     each: int
+    gain: Any
 
 
 def pack(
-    queries: jax.Array, codewords: jax.Array | None, columns: jax.Array, offset: jax.Array
+    queries: jax.Array,
+    codewords: jax.Array | None,
+    columns: jax.Array,
+    offset: jax.Array,
+    gain: jax.Array | None = None,
 ) -> Operands:
     """Lay the operands out; arguments of `pallas_tpu.pack`."""
     words = None if codewords is None else pack_words(codewords)
     even, odd = pack_queries(queries, 1, _STEP)
-    return Operands(even, odd, words, columns.astype(jnp.uint8), offset, -(-queries.shape[2] // 2))
+    each = -(-queries.shape[2] // 2)
+    return Operands(even, odd, words, columns.astype(jnp.uint8), offset, each, gain)
 
 
 def fits(num_columns: int) -> bool:
@@ -80,6 +87,9 @@ def _kernel(first_ref: Any, low_ref: Any, high_ref: Any, count_ref: Any, *refs: 
             inside = (at >= low) & (at < high)
             counts = (group, each, named["even"].shape[1], _STEP)
             scores = products(named, first + at, inside, queries_of, counts)
+            if "gain" in named:
+                gain = plgpu.load(named["gain"].at[first + at], mask=inside, other=1.0)
+                scores = scores * gain[None, :]
             offset = plgpu.load(named["offset"].at[first + at], mask=inside, other=0.0)
             scores = scores + offset[None, :]
             if plan.bits:

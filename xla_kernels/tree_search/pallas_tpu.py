@@ -44,16 +44,22 @@ class Operands(NamedTuple):
       words: of `adc.pallas_tpu.pack_words`, or None where ``queries`` holds tables.
       columns: ``uint4[m, S]`` or ``uint8[m, S]``.
       offset: ``float32[S]``, -inf where a slot may not be returned.
+      gain: ``float32[S]``, factors of the sums of the slots, or None.
     """
 
     queries: Any
     words: Any
     columns: Any
     offset: Any
+    gain: Any
 
 
 def pack(
-    queries: jax.Array, codewords: jax.Array | None, columns: jax.Array, offset: jax.Array
+    queries: jax.Array,
+    codewords: jax.Array | None,
+    columns: jax.Array,
+    offset: jax.Array,
+    gain: jax.Array | None = None,
 ) -> Operands:
     """Lay the operands out.
 
@@ -62,12 +68,14 @@ def pack(
       codewords: ``float32[m, k, s]`` or None.
       columns: ``uint8`` or ``uint4[m, S]``.
       offset: ``float32[S]``.
+      gain: ``float32[S]`` or None.
     """
     count = queries.shape[2] if codewords is None else codewords.shape[1]
     packed = pack_queries(queries)
     packed = jnp.pad(packed, ((0, -packed.shape[0] % LANES), (0, 0)))
     words = None if codewords is None else pack_words(codewords)
-    return Operands(packed, words, columns.astype(jnp.uint4 if count <= 16 else jnp.uint8), offset)
+    columns = columns.astype(jnp.uint4 if count <= 16 else jnp.uint8)
+    return Operands(packed, words, columns, offset, gain)
 
 
 def fits(num_columns: int) -> bool:
@@ -75,10 +83,13 @@ def fits(num_columns: int) -> bool:
     return 2 * num_columns * DEFAULT.points <= _TILE_BYTES
 
 
-def _kernel(first_ref: Any, low_ref: Any, high_ref: Any, *refs: Any, plan: Plan) -> None:
-    q_ref, ids_ref, *words, codes_ref, offset_ref, best_ref, tile_ref = refs
+def _kernel(first_ref: Any, low_ref: Any, high_ref: Any, *refs: Any,
+            plan: Plan, names: tuple[str, ...]) -> None:  # fmt: skip
+    named = dict(zip(names, refs, strict=False))
+    q_ref, ids_ref, offset_ref = named["queries"], named["ids"], named["offset"]
+    best_ref, tile_ref = refs[-2:]
     group, entry = plan.group, pl.program_id(0)
-    decode(words[0] if words else None, codes_ref, tile_ref)
+    decode(named.get("words"), named["columns"], tile_ref)
 
     # The queries of the entry: one row of ones for each, from their numbers along the lanes.
     square = (group, group)
@@ -95,7 +106,10 @@ def _kernel(first_ref: Any, low_ref: Any, high_ref: Any, *refs: Any, plan: Plan)
         for turn, g in enumerate(range(c, plan.points, plan.bins)):
             lanes = pl.ds(g, LANES)
             x = pltpu.bitcast(tile_ref[:, lanes], jnp.bfloat16)
-            scores = jnp.dot(q, x, preferred_element_type=jnp.float32) + offset_ref[:, lanes]
+            scores = jnp.dot(q, x, preferred_element_type=jnp.float32)
+            if "gain" in named:
+                scores = scores * named["gain"][:, lanes]
+            scores = scores + offset_ref[:, lanes]
             if plan.bits:
                 bits = pltpu.bitcast(scores, jnp.int32) & -(1 << plan.bits)
                 scores = pltpu.bitcast(bits | turn, jnp.float32)
@@ -119,7 +133,7 @@ def scan(operands: Operands, work: Round, plan: Plan, *, axes: Any, interpret: A
       ``float32[E G, bins]``, -inf where a bin has no slot; rows beyond ``work.count`` entries, and
       those of queries beyond the last of an entry, hold anything.
     """
-    queries, words, columns, offset = operands
+    queries, words, columns, offset, gain = operands
     m, rows = columns.shape[0], -(-columns.shape[0] // 8) * 8
 
     def window(entry: Any, first: Any, *_: Any) -> tuple[Any, Any]:
@@ -130,20 +144,29 @@ def scan(operands: Operands, work: Round, plan: Plan, *, axes: Any, interpret: A
 
     # Windows may end beyond the last slot; what is there is below `low` or from `high` on.
     points = pl.Element(plan.points, (0, plan.points))
-    shared = [queries, work.queries[:, None, :], *([] if words is None else [words])]
-    specs = [
-        whole(queries),
-        pl.BlockSpec((1, 1, plan.group), lambda entry, *_: (entry, 0, 0)),
-        *([] if words is None else [whole(words)]),
-        pl.BlockSpec((pl.Element(rows, (0, rows - m)), points), window),
-        pl.BlockSpec((pl.Element(1), points), window),
-    ]
+    slots = pl.BlockSpec((pl.Element(1), points), window)
+    named = {
+        "queries": (queries, whole(queries)),
+        "ids": (
+            work.queries[:, None, :],
+            pl.BlockSpec((1, 1, plan.group), lambda entry, *_: (entry, 0, 0)),
+        ),
+        "columns": (columns, pl.BlockSpec((pl.Element(rows, (0, rows - m)), points), window)),
+        "offset": (offset[None], slots),
+    }
+    if words is not None:
+        named["words"] = (words, whole(words))
+    if gain is not None:
+        named["gain"] = (gain[None], slots)
+    arrays, specs = zip(*named.values(), strict=True)
     out = (plan.entries * plan.group, plan.bins)
+    # The interpreter of TPU details takes no grid of a size found while it runs.
+    steps = plan.entries if isinstance(interpret, pltpu.InterpretParams) else work.count
     return pl.pallas_call(
-        functools.partial(_kernel, plan=plan),
+        functools.partial(_kernel, plan=plan, names=tuple(named)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(work.count,),
+            grid=(steps,),
             in_specs=specs,
             out_specs=pl.BlockSpec((plan.group, plan.bins), lambda entry, *_: (entry, 0)),
             scratch_shapes=[pltpu.VMEM((queries.shape[1] // 2, plan.points), jnp.int32)],
@@ -152,4 +175,4 @@ def scan(operands: Operands, work: Round, plan: Plan, *, axes: Any, interpret: A
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="tree_windows",
-    )(work.first, work.low, work.high, *shared, columns, offset[None])
+    )(work.first, work.low, work.high, *arrays)
