@@ -89,7 +89,7 @@ def test_learned_weight_stops_with_the_last_good_parameters(promoting):
     x, queries, _ = module.load(None, 100, 8)
     candidates = avq_jax.brute_force(queries, x, k=16).ids
     arguments = argparse.Namespace(subspaces=8, steps=3, rate=1e3, temperature=0.002)
-    options = {"family": avq_jax.Threshold, "arguments": arguments}
+    options = {"family": module.FAMILIES["threshold"], "arguments": arguments}
     with pytest.raises(FloatingPointError, match=r"at step \d") as caught:
         module.learn(jax.random.key(0), x, queries, candidates, 0.1, **options)
     assert all(np.isfinite(v) for v in caught.value.params.values())
