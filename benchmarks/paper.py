@@ -135,10 +135,11 @@ def table(folder: pathlib.Path) -> str:
     results = {name: json.loads((folder / f"{name}.json").read_text()) for name in RESULTS_USED}
     codes, binary = results["codes"], results["binary"]
     extreme = results["extreme_classification"]
+    widest = max(width["width"] for width in extreme["widths"])
     lines = [
         f"Ours on {codes['rows']:,} words of GloVe 6B in 100 dimensions (`{codes['dataset']}`), "
-        f"Table 1 on {extreme['classes']:,} classes of WordNet (last layer 1,024 wide), Table 2 on "
-        f"{binary['rows']:,} of the words; one seed. The paper's Glove1.2M are 1,183,514 "
+        f"Table 1 on {extreme['classes']:,} classes of WordNet (last layer {widest:,} wide), Table "
+        f"2 on {binary['rows']:,} of the words; one seed. The paper's Glove1.2M are 1,183,514 "
         "vectors of another corpus, its Table 1 is on Amazon-670k and its Table 2 on SIFT1M: the "
         "gain of one loss over the other compares, the recall does not.",
         "",

@@ -248,10 +248,11 @@ def _attention(result: dict) -> str:
     texts, layers = ", ".join(result["texts"]), ", ".join(map(str, result["layers"]))
     lines = [
         f"Error of the attention output over a cache of {result['keys']:,} keys ({result['width']} "
-        f"wide) of SmolLM2-135M, relative to the exact output, root mean square over "
-        f"{result['queries']} positions, all heads, layers {layers} and the texts {texts}. Exact "
-        "search: what leaving out all but k keys costs. By codes: the k best by codes, without "
-        "rescoring, weights from the keys. All: every key, scored by its code alone.",
+        f"wide) of SmolLM2-135M, relative to the exact output: root mean square over "
+        f"{result['queries']} positions, all heads, layers {layers} and the texts {texts}. The "
+        "first four keys are always read; the others are coded without their mean, which no "
+        "softmax sees. Exact search: what leaving out all but k keys costs. By codes: the k best "
+        "by codes, without rescoring, weights from the keys. All: every key, scored by its code.",
         "",
         f"| keys found | bits a key | loss of the codes | {' | '.join(map(str, columns))} | all |",
         "|---|---|---|" + "---|" * (len(columns) + 1),
@@ -261,7 +262,7 @@ def _attention(result: dict) -> str:
         return f"| {' | '.join(str(c) for c in cells)} |"
 
     shares = [f"{result['share_of_the_k_best'][str(k)]:.3f}" for k in columns]
-    lines.append(line("weight of the k best", "-", "-", *shares, "1"))
+    lines.append(line("weight of the keys read", "-", "-", *shares, "1"))
     errors = [f"{found['exact search', None, None, k]:.3f}" for k in columns]
     lines.append(line("exact search", "-", "-", *errors, "0"))
     for kind, loss, bits, _ in found:

@@ -76,6 +76,8 @@ def top_k_attention(
     exact one by at most delta times the distance of the two partial means, so by at most
     2 delta max ||value||. Attention weighs a score t by exp(scale t): build the index with
     ``weight=Exponential(scale * norm of a typical query)`` for codes that keep such scores best.
+    Keys less their mean have the same softmax, and are coded better where the mean is long, as it
+    is in language models.
 
     Args:
       index: of the keys, metric ``"dot"``.
