@@ -14,19 +14,8 @@ import avq_jax
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
     "extreme_classification": [
-        *(
-            "--widths",
-            "16",
-            "--bits",
-            "16",
-            "128",
-            "--shares=1",
-            "--held-out",
-            "100",
-            "--epochs",
-            "1",
-        ),
-        *("--buckets", "512", "--ngrams", "8", "--embedding", "8", "--sampled", "64"),
+        *("--widths=16", "--bits", "16", "128", "--held-out=100", "--epochs=1"),
+        *("--buckets=512", "--ngrams=8", "--embedding=8", "--sampled=64"),
     ],
     "two_tower": ["--epochs", "2", "--warm", "1", "--width", "8", "--subspaces", "2", "--decays=1"],
     "learned_weight": ["--steps", "2", "--rows", "200", "--queries", "16", "--subspaces", "8"],
