@@ -61,19 +61,19 @@ class Model:
             parts[best : best + 2] = ["".join(parts[best : best + 2])]
         return [self.tokens[p] for p in parts]
 
-    def hidden_states(self, tokens: np.ndarray, *, capture: int | None = None):
+    def hidden_states(self, tokens: np.ndarray, *, capture: tuple[int, ...] = ()):
         """``[t, d]`` what the output layer multiplies, for one window of tokens.
 
-        With ``capture``, also rotated queries ``[heads, t, 64]``, keys and values
-        ``[kv_heads, t, 64]`` of that layer.
+        With ``capture``, also of each of these layers rotated queries ``[heads, t, 64]``, keys
+        and values ``[kv_heads, t, 64]``.
         """
         w, t = self.weights, len(tokens)
         x = self.head[tokens]
         width = x.shape[1] // self.heads
         angle = np.arange(t)[:, None] / self.theta ** (np.arange(0, width, 2) / width)[None]
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        hidden = np.triu(np.full((t, t), -np.inf, np.float32), 1)
-        kept = None
+        later = np.triu(np.ones((t, t), bool), 1)
+        kept = {}
 
         def norm(x, name):
             size = np.sqrt((x * x).mean(axis=1, keepdims=True) + self.epsilon)
@@ -86,25 +86,29 @@ class Model:
         def by_head(x, heads):
             return x.reshape(t, heads, width).transpose(1, 0, 2)
 
+        def attend(q, k, v):
+            scores = q @ k.T / np.float32(np.sqrt(width))
+            scores[later] = -np.inf
+            scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+            return scores @ v / scores.sum(axis=1, keepdims=True)
+
         for layer in range(self.layers):
             p = f"blk.{layer}."
             h = norm(x, p + "attn_norm.weight")
             q = rotate(by_head(h @ w[p + "attn_q.weight"].T, self.heads))
             k = rotate(by_head(h @ w[p + "attn_k.weight"].T, self.kv_heads))
             v = by_head(h @ w[p + "attn_v.weight"].T, self.kv_heads)
-            if layer == capture:
-                kept = q, k, v
+            if layer in capture:
+                kept[layer] = q, k, v
             k, v = (a.repeat(self.heads // self.kv_heads, axis=0) for a in (k, v))
-            scores = q @ k.transpose(0, 2, 1) / np.sqrt(width) + hidden
-            scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            mixed = (scores / scores.sum(axis=-1, keepdims=True)) @ v
+            mixed = np.stack([attend(*one) for one in zip(q, k, v, strict=True)])
             x = x + mixed.transpose(1, 0, 2).reshape(t, -1) @ w[p + "attn_output.weight"].T
             h = norm(x, p + "ffn_norm.weight")
             gate = h @ w[p + "ffn_gate.weight"].T
             up = h @ w[p + "ffn_up.weight"].T
             x = x + (gate / (1 + np.exp(-gate)) * up) @ w[p + "ffn_down.weight"].T
         x = norm(x, "output_norm.weight")
-        return x if capture is None else (x, kept)
+        return (x, kept) if capture else x
 
 
 def _byte_names() -> list[str]:

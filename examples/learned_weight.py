@@ -26,9 +26,12 @@ Without a data set the rows are synthetic.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
+import math
 import time
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,18 +41,66 @@ import optax
 import avq_jax
 
 FIT = {"num_codewords": 16, "num_iterations": 10}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A monotone w(t): a sum of growing sigmoids, a hidden layer with positive weights.
+
+    Any pytree with ``__call__`` is a weight; the integrals of Theorem 3.2 are taken by quadrature.
+    """
+
+    heights: Any
+    knots: Any
+    slopes: Any
+
+    def __call__(self, t):
+        """Evaluate w(t) elementwise."""
+        t = jnp.asarray(t)[..., None]
+        return jnp.sum(self.heights * jax.nn.sigmoid(self.slopes * (t - self.knots)), axis=-1)
+
+    @classmethod
+    def of(cls, free):
+        """From free parameters: logarithms of heights, of the gaps between knots, of slopes."""
+        parts = jax.tree.map(jnp.exp, free)
+        return cls(parts["heights"], jnp.cumsum(parts["gaps"], axis=-1), parts["slopes"])
+
+
+def ramp(T):
+    """Free parameters of a network that grows evenly from 0 to 2 T."""
+    units = 6
+    parts = {"heights": 1 / units, "gaps": 2 * T / units, "slopes": 4 * units / (2 * T)}
+    return {name: jnp.full(units, math.log(value), jnp.float32) for name, value in parts.items()}
+
+
+class Family(NamedTuple):
+    """Free parameters of a start, the weight they stand for, and what the sweep goes over."""
+
+    free: Any
+    weight: Any
+    starts: tuple
+    swept: Any
+    grid: tuple
+
+
+def logarithm(value):
+    return jnp.log(jnp.float32(value))
+
+
+_T = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+_P = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 FAMILIES = {
-    "threshold": (
-        avq_jax.Threshold,
-        [0.05, 0.4],
-        [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4],
+    "threshold": Family(
+        logarithm, lambda a: avq_jax.Threshold(jnp.exp(a)), (0.05, 0.4), avq_jax.Threshold, _T
     ),
-    "power": (avq_jax.Power, [0.5, 16.0], [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0]),
+    "power": Family(logarithm, lambda a: avq_jax.Power(jnp.exp(a)), (0.5, 16.0), avq_jax.Power, _P),
+    "network": Family(ramp, Network.of, (0.05, 0.4), avq_jax.Threshold, _T),
 }
 
 
-def load(path, rows, queries, seed=0):
-    """Unit rows, training queries and test queries."""
+def load(path, rows, queries, seed=0, *, raw=False):
+    """Rows (unit rows but for ``raw``), training queries and test queries, which are unit."""
     draw = np.random.default_rng(seed)
     if path is None:
         centers = draw.standard_normal((50, 32))
@@ -65,13 +116,21 @@ def load(path, rows, queries, seed=0):
             raise ValueError(f"--queries must be at most {len(data.test) // 2}; got {queries}")
         x = data.train[np.sort(draw.choice(len(data.train), rows, replace=False))]
         q = data.test[: 2 * queries]
-    x, q = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, q))
+    q = q / np.linalg.norm(q, axis=1, keepdims=True)
+    if not raw:
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
     x, q = jnp.asarray(x, jnp.float32), jnp.asarray(q, jnp.float32)
     return x, q[:queries], q[queries:]
 
 
 def scaling_of(weight, x):
-    return avq_jax.scaling(weight, jnp.linalg.norm(x, axis=1), dim=x.shape[1])
+    norms, d = jnp.linalg.norm(x, axis=1), x.shape[1]
+    if not isinstance(weight, Network):
+        return avq_jax.scaling(weight, norms, dim=d)
+    # Smooth in the norm: quadrature at 64 norms, and lines between their logarithms.
+    at = jnp.linspace(0.999 * jnp.min(norms), 1.001 * jnp.max(norms), 64)
+    few = avq_jax.scaling(weight, at, dim=d)
+    return avq_jax.Scaling(*(jnp.exp(jnp.interp(norms, at, jnp.log(h))) for h in few))
 
 
 def recalls(x_tilde, queries, best):
@@ -94,7 +153,7 @@ def sweep(key, x, queries, best, weights, *, m):
 
 def surrogate(params, state, x, queries, candidates, temperature, *, family):
     """Cross-entropy of the best row among candidates ``[b, c]``, the best first."""
-    scaling = scaling_of(family(jnp.exp(params["log value"])), x)
+    scaling = scaling_of(family.weight(params["free"]), x)
     # Theorem 4.2 / section 7.5 for fixed codes: implicit in the weight.
     book = avq_jax.solve_codebook(state.codebook, x, state.codes, scaling)
     soft = avq_jax.soft_quantize(book, x, scaling, temperature=temperature)
@@ -115,13 +174,13 @@ def learn_step(params, moments, state, x, queries, candidates, temperature, *, o
 
 
 def learn(key, x, queries, candidates, start, *, family, arguments):
-    """The parameter from one start, with its history.
+    """The weight from one start, and its history: ``told``, sharpness and surrogate of each step.
 
     A surrogate that is not finite raises ``FloatingPointError`` with the step; its ``params``
     attribute is the last good state.
     """
-    params = {"log value": jnp.log(jnp.float32(start)), "log sharpness": jnp.log(jnp.float32(20))}
-    scaling = scaling_of(family(start), x)
+    params = {"free": family.free(start), "log sharpness": jnp.log(jnp.float32(20))}
+    scaling = scaling_of(family.weight(params["free"]), x)
     state, _ = avq_jax.fit(
         key, x, scaling, num_subspaces=arguments.subspaces, progress=False, **FIT
     )
@@ -139,15 +198,23 @@ def learn(key, x, queries, candidates, start, *, family, arguments):
             optimizer=optimizer,
             family=family,
         )
-        if not np.isfinite(value) or not all(np.isfinite(v) for v in new.values()):
+        if not np.isfinite(value) or not all(np.isfinite(a).all() for a in jax.tree.leaves(new)):
             error = FloatingPointError(f"the surrogate became {value}, or its slope, at step {i}")
             error.params = params
             raise error
         params = new
-        value_now = jnp.exp(params["log value"])
-        state = avq_jax.lloyd_update(state, x, scaling_of(family(value_now), x))
-        history.append([float(value_now), float(jnp.exp(params["log sharpness"])), float(value)])
-    return history
+        weight = family.weight(params["free"])
+        state = avq_jax.lloyd_update(state, x, scaling_of(weight, x))
+        history.append([told(weight, x), float(jnp.exp(params["log sharpness"])), float(value)])
+    return weight, history
+
+
+def told(weight, x):
+    """What a history keeps of a weight: its parameter, or eta at the median norm."""
+    if isinstance(weight, Network):
+        norm = jnp.median(jnp.linalg.norm(x, axis=1))
+        return float(avq_jax.eta(weight, norm, dim=x.shape[1]))
+    return float(*jax.tree.leaves(weight))
 
 
 def main(argv=None):
@@ -155,6 +222,7 @@ def main(argv=None):
     parser.add_argument("--dataset", help="ann-benchmarks HDF5 file")
     parser.add_argument("--output", help="write the results as JSON")
     parser.add_argument("--weight", choices=FAMILIES, default="threshold")
+    parser.add_argument("--raw", action="store_true", help="keep the norms of the rows")
     for name, value in (
         ("rows", 20_000),
         ("queries", 2500),
@@ -166,33 +234,47 @@ def main(argv=None):
     ):
         parser.add_argument(f"--{name}", type=type(value), default=value)
     arguments = parser.parse_args(argv)
-    family, starts, grid = FAMILIES[arguments.weight]
-    x, training, test = load(arguments.dataset, arguments.rows, arguments.queries)
+    family = FAMILIES[arguments.weight]
+    x, training, test = load(
+        arguments.dataset, arguments.rows, arguments.queries, raw=arguments.raw
+    )
+    unit = float(jnp.median(jnp.linalg.norm(x, axis=1))) if arguments.raw else 1.0
     candidates = avq_jax.brute_force(training, x, k=64).ids
     best = avq_jax.brute_force(test, x, k=1).ids[:, 0]
     settings = {k: v for k, v in vars(arguments).items() if k not in ("dataset", "output")}
+    # A threshold is in the units of <q, x>; an exponent has none.
+    factor = 1.0 if arguments.weight == "power" else unit
+    grid = [factor * v for v in family.grid]
+    starts = [factor * v for v in family.starts]
     report: dict = {"settings": settings, "grid": grid, "starts": starts, "runs": []}
     for seed in range(arguments.seeds):
-        key, run = jax.random.key(seed), {"learned": [], "history": []}
+        key, learned = jax.random.key(seed), []
+        run: dict = {"learned": [], "history": []}
         for start in starts:
             begin = time.perf_counter()
-            history = learn(key, x, training, candidates, start, family=family, arguments=arguments)
+            weight, history = learn(
+                key, x, training, candidates, start, family=family, arguments=arguments
+            )
             value, sharpness, loss = history[-1]
             moved = value - history[-10:][0][0]
             print(
-                f"seed {seed}: from {start} to {value:.3f}, {moved:+.3f} in the last ten steps; "
-                f"surrogate {history[0][2]:.4f} to {loss:.4f}, sharpness {sharpness:.1f}, "
-                f"{time.perf_counter() - begin:.0f} s"
+                f"seed {seed}: from {start:.3g} to {value:.3f}, {moved:+.3f} in the last ten "
+                f"steps; surrogate {history[0][2]:.4f} to {loss:.4f}, sharpness {sharpness:.1f}, "
+                f"{time.perf_counter() - begin:.0f} s",
+                flush=True,
             )
-            run["learned"].append(value)
+            learned.append(weight)
+            run["learned"].append(jax.tree.map(lambda a: np.asarray(a).tolist(), vars(weight)))
             run["history"].append([[float(f"{v:.5g}") for v in h] for h in history])
-        weights = family(jnp.array([*grid, *run["learned"]], jnp.float32))
-        run["recall 1@1, 1@10"] = np.asarray(
-            sweep(key, x, test, best, weights, m=arguments.subspaces)
-        ).tolist()
+        together = jax.tree.map(lambda *a: jnp.stack([jnp.float32(v) for v in a]), *learned)
+        found = [
+            np.asarray(sweep(key, x, test, best, weights, m=arguments.subspaces))
+            for weights in (family.swept(jnp.array(grid, jnp.float32)), together)
+        ]
+        run["recall 1@1, 1@10"] = np.concatenate(found).tolist()
         report["runs"].append(run)
     table = np.array([run["recall 1@1, 1@10"] for run in report["runs"]])
-    names = [f"{v:g}" for v in grid] + [f"learned from {v:g}" for v in starts]
+    names = [f"{v:.3g}" for v in grid] + [f"learned from {v:.3g}" for v in starts]
     for name, values in zip(names, table.swapaxes(0, 1), strict=True):
         spread = np.ptp(values, axis=0)
         print(

@@ -13,6 +13,10 @@ import avq_jax
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
+    "extreme_classification": [
+        *("--widths=16", "--bits", "16", "128", "--held-out=100", "--epochs=1"),
+        *("--buckets=512", "--ngrams=8", "--embedding=8", "--sampled=64"),
+    ],
     "two_tower": ["--epochs", "2", "--warm", "1", "--width", "8", "--subspaces", "2", "--decays=1"],
     "learned_weight": ["--steps", "2", "--rows", "200", "--queries", "16", "--subspaces", "8"],
 }
@@ -41,9 +45,12 @@ def promoting():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", SMALL)
-def test_runs(name, capsys, promoting):
-    example(name).main(SMALL[name])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, []) for name in SMALL), ("learned_weight", ["--weight", "network", "--raw"])],
+)
+def test_runs(name, options, capsys, promoting):
+    example(name).main([*SMALL[name], *options])
     assert capsys.readouterr().out
 
 
@@ -89,7 +96,56 @@ def test_learned_weight_stops_with_the_last_good_parameters(promoting):
     x, queries, _ = module.load(None, 100, 8)
     candidates = avq_jax.brute_force(queries, x, k=16).ids
     arguments = argparse.Namespace(subspaces=8, steps=3, rate=1e3, temperature=0.002)
-    options = {"family": avq_jax.Threshold, "arguments": arguments}
+    options = {"family": module.FAMILIES["threshold"], "arguments": arguments}
     with pytest.raises(FloatingPointError, match=r"at step \d") as caught:
         module.learn(jax.random.key(0), x, queries, candidates, 0.1, **options)
     assert all(np.isfinite(v) for v in caught.value.params.values())
+
+
+def test_wordnet_is_read_and_held_out_entries_are_apart(tmp_path):
+    module = example("extreme_classification")
+    licence = "  1 This software and database is being provided to you"
+    entity = "00000010 03 n 01 entity 0 001 ~ 00000020 n 0000 | that which is perceived  "
+    thing = (
+        "00000020 03 n 02 Thing 0 queer_thing 0 002 @ 00000010 n 0000 + 00000030 v 0201 | a thing"
+    )
+    be = '00000030 42 v 01 be 0 000 01 + 00 00 | have being; "I am"  '
+    odd = "00000040 00 s 01 odd(p) 0 001 + 00000020 n 0101 | not even"
+    files = {"noun": [licence, entity, thing], "verb": [licence, be], "adj": [odd], "adv": []}
+    for name, lines in files.items():
+        text = "".join(f"{line}\n" for line in lines)
+        (tmp_path / f"data.{name}").write_text(text, "latin1")
+    entries = module.wordnet(tmp_path, buckets=1 << 30, width=12)
+    # The verb points at nothing, and is no entry; classes are entity, thing, be.
+    assert entries.num_classes == 3
+    assert entries.labels == [[1], [0, 2], [1]]
+    assert entries.grams.shape == (3, 12)
+    assert (entries.grams[:, 0] >= 0).all()
+    assert (entries.grams[2] == -1).any()
+    grams = module.ngrams("Thing queer_thing", "a thing")
+    assert {"+thing", "a", "a thing", "<thi", "ing>"} <= set(grams)
+    parts = module.split(entries, 1)
+    assert sorted(np.concatenate(parts).tolist()) == [0, 1, 2]
+    assert [len(part) for part in parts] == [1, 1, 1]
+
+
+@pytest.mark.full
+def test_sampled_classes_stand_for_all(promoting):
+    """Over draws, the estimate of the sum over all classes is right on the average."""
+    module = example("extreme_classification")
+    logits = jax.random.normal(jax.random.key(0), (50,))
+    labels = np.array([3, 40, 3])
+
+    @jax.jit
+    @jax.vmap
+    def total(key):
+        classes = module.classes_of(key, labels, 50, 10)
+        at = jax.numpy.where(classes.ids < 0, 0, classes.ids)
+        return jax.numpy.sum(jax.numpy.exp(logits[at] + classes.log_weight)), classes
+
+    totals, classes = total(jax.random.split(jax.random.key(1), 4000))
+    error = float(totals.std()) / 4000**0.5
+    assert abs(float(totals.mean() - jax.numpy.exp(logits).sum())) < 4 * error
+    ids = np.asarray(classes.ids)
+    np.testing.assert_array_equal(np.take_along_axis(ids, np.asarray(classes.labels), 1)[0], labels)
+    assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in ids[:50])

@@ -74,8 +74,11 @@ def top_k_attention(
 
     If the keys left out hold the share delta of the exact attention, the output differs from the
     exact one by at most delta times the distance of the two partial means, so by at most
-    2 delta max ||value||. Attention weighs a score t by exp(scale t): build the index with
-    ``weight=Exponential(scale * norm of a typical query)`` for codes that keep such scores best.
+    2 delta max ||value||. Attention weighs a score t by exp(scale t): the weight of the loss that
+    matches is ``Exponential(scale * norm of a typical query)``, if queries point everywhere alike.
+    A language model's do not, and on its keys codes under this loss choose about as well as those
+    of the reconstruction loss (README). Keys less their mean have the same softmax, and are coded
+    better where the mean is long, as it is there; its first keys should always be read.
 
     Args:
       index: of the keys, metric ``"dot"``.
