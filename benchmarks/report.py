@@ -371,6 +371,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "mips_glove6b-100": _mips,
     "adc": _adc,
     "binary": _binary,
+    "binary_sift-128": _binary,
     "quality_glove6b-100_100": _quality,
     "quality_glove6b-100_200": _quality,
     "quality_sentences-384_128": _quality,
