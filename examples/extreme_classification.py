@@ -20,6 +20,13 @@ the held-out entries' best class by exact inner product is looked for among the 
 recall 1@1, 1@10, 1@100, and how often the best by codes is right. The weight of the score-aware
 loss is chosen on the validation entries, at the fewest bits, among thresholds and powers.
 
+``extreme_classification.json``: 116,650 entries, 113,595 classes, 2,000 test entries. The best
+class is right for .270 of them (256 wide) and .253 (1,024 wide), by the linear baseline for .222,
+with a standard error of about .01; training took 2 and 3 minutes of CPU. Recall 1@1 at 256, 512,
+1024, 2048 bits, reconstruction: .204, .473, .780, .961 (256 wide), .180, .299, .331, .533 (1,024
+wide); score-aware: .282, .596, .862, .958 and .185, .292, .358, .640. The weights chosen were
+p = 8, the edge of the grid, and p = 2; chosen at 256 bits, they are not the best for all sizes.
+
 Without WordNet the entries are synthetic, and say nothing but that the script runs.
 """
 
@@ -233,14 +240,9 @@ def train(key, entries, rows, width, arguments):
     dense = {name: params[name] for name in ("dense", "bias")}
     tables = {"grams": params["grams"], "classes": params["classes"], "dense": dense}
     moments = {name: optimizers[name].init(table) for name, table in tables.items()}
-    step = jax.jit(
-        functools.partial(
-            train_step,
-            optimizers=optimizers,
-            sampled=min(arguments.sampled, entries.num_classes),
-        ),
-        donate_argnames=("params", "moments"),
-    )
+    sampled = min(arguments.sampled, entries.num_classes)
+    step = functools.partial(train_step, optimizers=optimizers, sampled=sampled)
+    step = jax.jit(step, donate_argnames=("params", "moments"))
     draw = np.random.default_rng(0)
     for epoch in range(arguments.epochs):
         begin = time.process_time()
@@ -248,13 +250,9 @@ def train(key, entries, rows, width, arguments):
         labels = np.array([draw.choice(entries.labels[i]) for i in order], np.int32)
         for i in range(count):
             at = slice(i * batch, (i + 1) * batch)
-            params, moments, loss = step(
-                jax.random.fold_in(keys["steps"], epoch * count + i),
-                params,
-                moments,
-                entries.grams[order[at]],
-                labels[at],
-            )
+            key = jax.random.fold_in(keys["steps"], epoch * count + i)
+            part = entries.grams[order[at]], labels[at]
+            params, moments, loss = step(key, params, moments, *part)
             losses.append(loss)
         mean = float(np.mean(losses))
         if not np.isfinite(mean):
