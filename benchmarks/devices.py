@@ -35,10 +35,11 @@ def _compiled() -> list[str]:
         "| CPU | C++ | | | | run and measured |",
     ]
     for device, name in NAMES.items():
-        flat, tree, whole = (
-            cases[f"{device}/64x16x2/{form}"] for form in ("bins", "tree", "search")
-        )
-        memory = f"{whole['temp_bytes'] / 1e6:.0f} MB of temporaries"
+        flat, tree = (cases[f"{device}/64x16x2/{form}"] for form in ("bins", "tree"))
+        whole = cases.get(f"{device}/64x16x2/search")
+        memory = "not in the report"
+        if whole is not None:
+            memory = f"{whole['temp_bytes'] / 1e6:.0f} MB of temporaries"
         made = (
             f"{case['registers']} registers, {case['spill_bytes']} spilled"
             if device == "h100"
@@ -87,7 +88,7 @@ def _predicted() -> list[str]:
             for b in ("1", "128")
         )
         ends = (row["codes_stop_paying_at_batch"], tree["stops_paying_against_all_codes_at_batch"])
-        told = (f"{end} queries" if end else "no batch" for end in ends)
+        told = (f"{end} {'query' if end == 1 else 'queries'}" if end else "none" for end in ends)
         counted = "" if row["instructions_counted"] else " (instructions not counted)"
         lines.append(f"| {name}{counted} | {' | '.join(speeds)} | {' | '.join(told)} |")
     return lines

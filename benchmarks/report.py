@@ -389,10 +389,12 @@ TABLES: dict[str, Callable[[dict], str]] = {
 
 def _between(text: str, name: str, table: str) -> str:
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    if begin not in text:
+    # A page may name the markers of another, within a line.
+    if f"\n{begin}\n" not in text:
         return text
-    head, rest = text.split(begin)
-    return f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    head, rest = text.split(f"\n{begin}\n")
+    tail = rest.partition(f"{end}\n")[2]
+    return f"{head}\n{begin}\n{table}\n{end}\n{tail}"
 
 
 def render(text: str) -> str:

@@ -91,7 +91,7 @@ def scan(name, tree, queries, target, array):
 
     @jax.jit
     def run(tree, queries, work):
-        operands = pallas.operands_of(module, tree, queries)
+        operands = pallas.operands_of(module, tree, queries, pallas.slot_terms(tree))
         return module.scan(operands, work, plan, axes=None, interpret=False)
 
     return run.lower(tree, queries, work).compile()

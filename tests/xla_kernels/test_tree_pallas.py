@@ -27,7 +27,8 @@ def scanned(name, tree, queries, plan, leaves):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pallas, "plan_of", lambda *_: plan)
         kernel = pallas.Kernel(name, 1.0, None, True)
-        scanner = pallas.scanner_of(tree, queries, leaves, effort(leaves.shape[1]), 10, kernel)
+        terms, work = pallas.slot_terms(tree), effort(leaves.shape[1])
+        scanner = pallas.scanner_of(tree, terms, queries, leaves, work, 10, kernel)
     ends = jnp.cumsum(scanner.sizes, axis=1, dtype=jnp.int32)
     found, work = scanner.round(ends, jnp.int32(0))
     found = np.asarray(found)[np.maximum(work.place, 0)]
@@ -92,6 +93,11 @@ class Suite(base.TestAnswer):
             error.append(np.abs(found[i][known] - wanted).max())
             largest.append(np.abs(wanted).max())
         assert max(error) < 4e-3 * max(largest)
+
+    def test_no_queries(self, implementation):
+        tree, _, queries = make(leaves=2, n=70)
+        found = tree_search(tree, queries[:0], k=3, leaves_to_search=1, **implementation)
+        assert [x.shape for x in found] == [(0, 3), (0, 3)]
 
     def test_additive_codes_are_scored_by_tables(self, implementation):
         tree, _, queries = make(leaves=3, n=200, d=6, m=3, k=4)
@@ -212,7 +218,8 @@ def test_recall_of_fewer_bins_is_the_expected_one():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pallas, "plan_of", lambda *_: plan)
         patch.setattr(pallas, "kept_slots", lambda _: count)
-        found = pallas.best_slots(tree, queries, shared, rank, effort(1), kernel)
+        terms = pallas.slot_terms(tree)
+        found = pallas.best_slots(tree, terms, queries, shared, rank, effort(1), kernel)
     tables = jax.vmap(lambda q: lookup_table(tree, q))(queries)
     codes = np.asarray(pallas._columns(tree))
     scores = np.asarray(tables)[:, np.arange(8)[:, None], codes].sum(axis=1)

@@ -84,6 +84,9 @@ def tree_search(
 
     def search(queries: Any, row_queries: Any, usable: Any, rest: Any) -> Any:
         tree, rows, row_scale = rest
+        if 0 in (queries.shape[0], tree.slot_rows.shape[0]):
+            shape = (queries.shape[0], effort.k)
+            return jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32)
         full = row_queries if wider and effort.rescore else queries
         finite = jnp.isfinite(queries).all(axis=1) & jnp.isfinite(full).all(axis=1)
         queries, full = (jnp.where(finite[:, None], q, 0) for q in (queries, full))
@@ -94,14 +97,15 @@ def tree_search(
         if usable.shape[0] > 1:
 
             def one(args: Any) -> Any:
-                found = batch(tree._replace(usable=args[2][None]), args[0][None], args[1][None])
+                own = tree._replace(usable=args[2][None])
+                found = batch(own, slot_terms(own), args[0][None], args[1][None])
                 return jax.tree.map(lambda x: x[0], found)
 
             scores, ids = jax.lax.map(one, (queries, full, usable))
         else:
             tree = tree._replace(usable=usable)
-            size = parts_of(kernel)[1].batch
-            scores, ids = _in_blocks(functools.partial(batch, tree), size, queries, full)
+            run = functools.partial(batch, tree, slot_terms(tree))
+            scores, ids = _in_blocks(run, parts_of(kernel)[1].batch, queries, full)
         return jnp.where(finite[:, None], scores, -jnp.inf), jnp.where(finite[:, None], ids, -1)
 
     call = folded(search, k=effort.k, slots=tree.slot_rows.shape[0])
@@ -117,12 +121,16 @@ def parts_of(kernel: Kernel) -> tuple[Any, Sizes]:
     return module, kernel.sizes or module.SIZES.get(kind, module.DEFAULT)
 
 
-def operands_of(module: Any, tree: PackedTree, queries: jax.Array) -> Any:
-    """What the entries of a work list share, laid out for the kernel of a module."""
+def slot_terms(tree: PackedTree) -> jax.Array:
+    """``float32[S]`` terms of the slots' scores, -inf where a slot may not be returned."""
     terms = tree.slot_offset if tree.slot_offset.shape[0] else jnp.float32(0)
-    offset = jnp.where(tree.usable[0], terms, -jnp.inf)
+    return jnp.where(tree.usable[0], terms, -jnp.inf)
+
+
+def operands_of(module: Any, tree: PackedTree, queries: jax.Array, terms: jax.Array) -> Any:
+    """What the entries of a work list share, laid out for the kernel of a module."""
     gain = None if tree.gains is None else tree.gains.levels[tree.gains.level.astype(jnp.int32)]
-    return module.pack(*_factors(tree, queries), _columns(tree), offset, gain)
+    return module.pack(*_factors(tree, queries), _columns(tree), terms, gain)
 
 
 def _in_blocks(run: Any, size: int, *arrays: jax.Array) -> Any:
@@ -142,6 +150,7 @@ def _in_blocks(run: Any, size: int, *arrays: jax.Array) -> Any:
 
 def _batch(
     tree: PackedTree,
+    terms: jax.Array,
     queries: jax.Array,
     full: jax.Array,
     *,
@@ -155,7 +164,7 @@ def _batch(
     padded = jnp.pad(queries, ((0, -b % _TILE), (0, 0)))
     ranked = functools.partial(leaf_scores, tree, effort=effort)
     shared, rank = (x[:b] for x in _in_blocks(ranked, _TILE, padded))
-    slots = best_slots(tree, queries, shared, rank, effort, kernel)
+    slots = best_slots(tree, terms, queries, shared, rank, effort, kernel)
 
     def finish(q: jax.Array, q_full: jax.Array, slots: jax.Array) -> Any:
         return best_of_slots(tree, q, q_full, slots, (rows, row_scale), effort, euclidean)
@@ -165,6 +174,7 @@ def _batch(
 
 def best_slots(
     tree: PackedTree,
+    terms: jax.Array,
     queries: jax.Array,
     shared: jax.Array,
     rank: jax.Array,
@@ -180,7 +190,7 @@ def best_slots(
     count = min(kept_slots(effort), tree.slot_rows.shape[0])
     score, leaves = jax.lax.top_k(rank, min(effort.leaves_to_search, rank.shape[1]))
     leaves = leaves.astype(jnp.int32)
-    scanner = scanner_of(tree, queries, leaves, effort, count, kernel)
+    scanner = scanner_of(tree, terms, queries, leaves, effort, count, kernel)
     means = jnp.take_along_axis(shared, leaves, axis=1)
     sizes = jnp.where(score > -jnp.inf, scanner.sizes, 0)
     axes = varying_axes(*jax.tree.leaves((tree, queries)))
@@ -228,6 +238,7 @@ class Scanner(NamedTuple):
 
 def scanner_of(
     tree: PackedTree,
+    terms: jax.Array,
     queries: jax.Array,
     leaves: jax.Array,
     effort: Effort,
@@ -237,7 +248,7 @@ def scanner_of(
     """Lay out what the rounds of a scan share, which keeps ``count`` slots a query."""
     module, sizes = parts_of(kernel)
     plan = plan_of(tree, queries.shape[0], effort, count, kernel.recall_target, sizes)
-    operands = operands_of(module, tree, queries)
+    operands = operands_of(module, tree, queries, terms)
     axes = varying_axes(*jax.tree.leaves((tree, queries)))
     _, number = windows_of(tree, plan.points)
 
