@@ -149,7 +149,10 @@ def scan(operands: Operands, work: Round, plan: Plan, *, axes: Any, interpret: A
             scratch_shapes=[pltpu.VMEM((queries.shape[1] // 2, plan.points), jnp.int32)],
         ),
         out_shape=jax.ShapeDtypeStruct(out, jnp.float32, **({"vma": axes} if axes else {})),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        # Entries are shared out over the cores; the interpreter takes no such list of any length.
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary" if interpret else "parallel",)
+        ),
         interpret=interpret,
         name="tree_windows",
     )(work.first, work.low, work.high, *shared, columns, offset[None])
