@@ -6,13 +6,14 @@ list is prefetched to scalar memory, so that windows are fetched while the ones 
 scanned; it has as many steps as there are entries.
 
 The queries that probe a leaf are gathered to a group; those that do not probe it take no part. The
-other way, one product of a window with all queries of the batch and a mask, needs no lists. On a
-v5e with 64 subspaces it takes 47 bundles for 128 slots and 128 queries, of which 29 are the
-decoding that both need. But with 1,000 leaves of which 30 are probed, a leaf is wanted by 4 of 128
-queries: nearly every leaf is decoded either way, 124 of 128 rows of the product are thrown away,
-and a larger batch is decoded once more for every 128 or 256 queries, where groups grow. What
-gathering costs is one small product, of a matrix that picks the queries with the queries, which
-stay in fast memory.
+other way, one product of a window with all queries of the batch and a mask, needs no lists. A v5e's
+flat scan of 64 subspaces takes 47 bundles for 128 slots and 128 queries, and 30 for 16 queries: the
+decoding that both ways need is most of it. But with 1,000 leaves of which 30 are probed, a leaf is
+wanted by 4 of 128 queries: nearly every leaf is decoded either way, 124 of 128 rows of the product
+are thrown away, and a larger batch is decoded once more for every 128 or 256 queries, where groups
+grow. What gathering costs is one small product, of a matrix that picks the queries with the
+queries, which stay in fast memory. From a few tens of queries on, a v5e should scan all rows in no
+more time than their leaves, either way: `benchmarks/roofline.py`.
 
 Compiled for TPUs, never run on one: see ``make aot``.
 """
@@ -172,7 +173,10 @@ def scan(operands: Operands, work: Round, plan: Plan, *, axes: Any, interpret: A
             scratch_shapes=[pltpu.VMEM((queries.shape[1] // 2, plan.points), jnp.int32)],
         ),
         out_shape=jax.ShapeDtypeStruct(out, jnp.float32, **({"vma": axes} if axes else {})),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        # Entries are shared out over the cores; the interpreter takes no such list of any length.
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary" if interpret else "parallel",)
+        ),
         interpret=interpret,
         name="tree_windows",
     )(work.first, work.low, work.high, *arrays)
