@@ -74,7 +74,9 @@ def _rows(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     )
     quality = results["quality_glove6b-100_100"]["groups"]
     found = {row["name"]: row for group in quality.values() for row in group["results"]}
-    flat_codes = {name: row for name, row in found.items() if "leaves" not in name}
+    flat_codes = {
+        name: row for name, row in found.items() if "leaves" not in name and row["bits"] <= 104
+    }
     ours = max((r for n, r in flat_codes.items() if "ScaNN" not in n), key=lambda r: r["1@10"])
     peer = next(row for name, row in flat_codes.items() if "ScaNN" in name)
     yield (
