@@ -29,8 +29,8 @@ The other families were run only in small, on one seed. ``--weight power --rows 
 .764 and .768, best of the sweep .776 at p = 3; 1@1 .321 and .320, best .325 at p = 12; p = 0 .734
 and .279. A recall has a standard error of .009 there, so again it matches the sweep
 and does not beat it. ``--weight network --rows 2000 --steps 25 --rate 0.25`` (with the suffix
-``_network``) ended at eta 6.0 and 7.2, still moving by 1; 1@10 .821 and .815, best of the sweep of T
-.823 at 0.2; 1@1 .330 and .326, best .333 at 0.25; T = 0 .802 and .297: it matches too.
+``_network``) ended at eta 6.0 and 7.2, still moving by 1; 1@10 .821 and .815, best of the sweep of
+T .823 at 0.2; 1@1 .330 and .326, best .333 at 0.25; T = 0 .802 and .297: it matches too.
 
 Without a data set the rows are synthetic.
 """
