@@ -81,7 +81,7 @@ def test_no_new_trace_for_new_data(index, queries):
     moved = jax.tree.map(lambda a: a + 1 if a.dtype == jnp.float32 else a, index)
     run(index, queries)
     run(moved, queries[::-1])
-    run(dataclasses.replace(index, weight=avq_jax.Threshold(jnp.float32(9))), queries + 1)
+    run(dataclasses.replace(index, weight=avq_jax.Power(jnp.float32(9))), queries + 1)
     run(index, jnp.asarray(queries))
 
 

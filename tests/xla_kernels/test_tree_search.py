@@ -242,7 +242,7 @@ class TestGains:
     def test_scores_are_those_of_the_definition(self, implementation, shape, single):
         tree, _, queries = make(**shape)
         queries = queries[:1] if single else queries
-        options = {"k": 9, "leaves_to_search": 40, "implementation": implementation}
+        options = {"k": 9, "leaves_to_search": 40, **implementation}
         found = jax.tree.map(np.asarray, tree_search(tree, queries, **options))
         exact = numpy_estimates(tree, np.asarray(queries))
         exact[:, np.asarray(tree.slot_rows) < 0] = -np.inf
@@ -268,7 +268,7 @@ class TestGains:
 
         def total(levels, q):
             changed = tree._replace(gains=tree.gains._replace(levels=levels))
-            options = {"k": 3, "leaves_to_search": 7, "implementation": implementation}
+            options = {"k": 3, "leaves_to_search": 7, **implementation}
             return tree_search(changed, q, **options)[0].sum()
 
         by_level, by_query = jax.grad(total, argnums=(0, 1))(tree.gains.levels, queries)
