@@ -365,6 +365,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "codes": _codes,
     "search_glove6b-100": _search,
     "search_sentences-384": _search,
+    "search_sift-128": _search,
     "filters_glove6b-100": _filters,
     "options_glove6b-100": _options,
     "options_scale_glove6b-100": _options_scale,
