@@ -36,9 +36,11 @@ def grid(num_levels: int, dim: int) -> Codebook:
     width = 1
     while num_levels ** (width + 1) <= _WORDS:
         width += 1
+    codes = -(-dim // width)
+    width = -(-dim // codes)  # of a codebook with so many subspaces
     levels = np.linspace(-1, 1, num_levels, dtype=np.float32)
     words = np.array(list(itertools.product(levels, repeat=width)), np.float32)
-    return Codebook(jnp.asarray(np.broadcast_to(words, (-(-dim // width), *words.shape))), dim=dim)
+    return Codebook(jnp.asarray(np.broadcast_to(words, (codes, *words.shape))), dim=dim)
 
 
 def _number_of_levels(bits: int | None, num_levels: int | None) -> int:

@@ -149,3 +149,23 @@ def test_bad_arguments_are_named():
         avq_jax.fit_scalar(jax.random.key(0), x, num_levels=257)
     with pytest.raises(ValueError, match="x must be finite"):
         avq_jax.fit_scalar(jax.random.key(0), x * jnp.nan)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 5, 6, 7, 9, 10])
+@pytest.mark.parametrize("levels", [2, 3])
+def test_any_width(dim, levels):
+    """Fewer columns than the coordinates of a code, and those that do not divide by them."""
+    x = np.random.default_rng(dim).standard_normal((60, dim)).astype(np.float32)
+    codec = avq_jax.fit_scalar(jax.random.key(0), x, num_levels=levels)
+    codes = avq_jax.encode(codec, x)
+    rows = np.asarray(avq_jax.decode(codec, codes))
+    assert rows.shape == x.shape
+    table = np.asarray(avq_jax.lookup_table(codec, x[0]))
+    sums = np.take_along_axis(table, np.asarray(codes.codes).T.astype(int), axis=1).sum(axis=0)
+    np.testing.assert_allclose(sums * np.asarray(codes.gain), rows @ x[0], rtol=1e-4, atol=1e-5)
+    # Nothing is nearer than the sign, or the nearest of three levels, of each coordinate.
+    scaled = x / np.asarray(codes.gain)[:, None]
+    nearest = np.where(scaled >= 0, 1, -1) if levels == 2 else np.clip(np.rint(scaled), -1, 1)
+    best = np.asarray(codes.gain)[:, None] * nearest
+    loss = ((x - rows) ** 2).sum(axis=1)
+    np.testing.assert_allclose(loss, ((x - best) ** 2).sum(axis=1), rtol=1e-4, atol=1e-6)
