@@ -44,8 +44,8 @@ from avq_jax.quantization.scale import level_numbers
 __all__ = [
     "CENTROID_ETA",
     "ONE_DEVICE",
-    "Codec",
     "Encoded",
+    "TreeCodec",
     "Workers",
     "as_pytree",
     "build_tree",
@@ -63,10 +63,10 @@ _ROUNDS = 16
 CENTROID_ETA = 2.5
 
 
-Codec = Codebook | AdditiveCodebook | Scaled
+TreeCodec = Codebook | AdditiveCodebook | Scaled
 
 
-def row_codes(codec: Codec, x: Any, terms: dict[str, Any]) -> tuple[Any, Any]:
+def row_codes(codec: TreeCodec, x: Any, terms: dict[str, Any]) -> tuple[Any, Any]:
     """Codes ``uint8[n, m]`` of rows under what :func:`loss_terms` gives of them.
 
     With them ``uint8[n]`` numbers of their gains, or ``None``.
@@ -279,7 +279,7 @@ def build_tree(
     else:
         state, _ = workers.fit(key_codes, residual, num_subspaces=m, **learner)
         codebook = state.codebook
-    codec: Codec = codebook
+    codec: TreeCodec = codebook
     if options.scale is not None:
         codec = fit_scale(codebook, residual, bits=options.scale, **terms(few))
 
@@ -313,7 +313,7 @@ def encode_leaves(
     x: np.ndarray,
     leaves: np.ndarray,
     center: np.ndarray,
-    codec: Codec,
+    codec: TreeCodec,
     terms: Any,
     metric: str,
     progress: bool | None,

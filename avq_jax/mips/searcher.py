@@ -127,7 +127,8 @@ def search(
     """
     if not isinstance(index, Index):
         raise TypeError(f"index must be an avq_jax.Index; got {type(index).__name__}")
-    plain = allowed is None and type(queries) is np.ndarray and recall_target == 1.0
+    plain = type(recall_target) is float and recall_target == 1.0
+    plain = plain and allowed is None and type(queries) is np.ndarray
     if plain and implementation in (None, "cpu"):
         settings = (k, leaves_to_search, rescore, adaptive, overretrieve)
         found = _few_from_host(index, queries, settings)

@@ -79,6 +79,20 @@ class TestLoss:
         np.testing.assert_allclose(indexes["cosine"].weight.T, 2 / np.sqrt(D + 3), rtol=1e-6)
         assert isinstance(indexes["l2"].weight, avq_jax.Uniform)
 
+    def test_default_weight_suits_the_long_rows_that_win(self):
+        """One eta for every norm; a threshold for the median norm has an eta near 1 for them."""
+        draw = np.random.default_rng(0)
+        x = draw.standard_normal((2000, 16)) * np.exp(draw.standard_normal((2000, 1)))
+        x, queries = x.astype(np.float32), draw.standard_normal((200, 16)).astype(np.float32)
+        truth = np.asarray(avq_jax.brute_force(queries, x, k=10).ids)
+        T = avq_jax.default_threshold(np.linalg.norm(x, axis=1), dim=16)
+        found = [
+            avq_jax.search(make(x, weight=weight), queries, k=10, leaves_to_search=8, rescore=0).ids
+            for weight in (None, avq_jax.Threshold(T))
+        ]
+        power, threshold = (avq_jax.recall_k_at_k(np.asarray(i), truth, k=10) for i in found)
+        assert power > threshold + 0.05
+
     def test_a_plain_function_as_weight(self, rows, queries):
         index = avq_jax.build(jax.random.key(0), rows, weight=lambda t: jnp.maximum(t, 0) ** 2)
         assert avq_jax.search(index, queries, k=5).ids.shape == (64, 5)

@@ -321,3 +321,5 @@ def test_a_float_that_equals_an_integer_is_refused_also_after_it(index, queries)
     search_ = getattr(avq_jax.search, "__wrapped__", avq_jax.search)
     with pytest.raises(TypeError):
         search_(index, few, k=3.0)
+    with pytest.raises(ValueError, match="recall_target"):
+        search_(index, few, k=3, recall_target=True)
