@@ -41,10 +41,14 @@ CASES += ["h100/64x16x2/tree_xla"]
 # The scan of a tree's work list; with one slot a bin; the whole of `avq_jax.search`.
 CASES += [f"{target}/{m}x{k}x{s}/tree" for target in (*TPUS, "h100") for m, k, s in SHAPES]
 CASES += [f"{target}/64x16x2/tree_exact" for target in ("v5e", "h100")]
+# A factor of each slot, and additive codes, whose queries are tables.
+CASES += [f"{target}/64x16x2/tree_scale" for target in (*TPUS, "h100")]
+CASES += [f"{target}/64x16x2/tree_additive" for target in ("v5e", "h100")]
 CASES += [f"{target}/64x16x2/search" for target in (*TPUS, "h100")]
 # How Mosaic GPU decodes.
 CASES += [f"h100/64x16x1/mosaic_{kind}" for kind in ("select", "affine")]
-BATCHES = {"few": 16, "tree_xla": 120, "tree": 120, "tree_exact": 120, "search": 120}
+TREES = ("tree", "tree_exact", "tree_scale", "tree_additive", "tree_xla", "search")
+BATCHES = {"few": 16} | dict.fromkeys(TREES, 120)
 TOLERANCE = 0.15
 # What the design promised, of the case it promised it for.
 MOST_BUNDLES = {"v5e/64x16x2/bins": 50.0}

@@ -10,6 +10,7 @@ LEAVES, PROBED, K, RESCORE = 1024, 30, 10, 100
 def compiled(case: str, device, b: int, n: int, tpu: bool):
     """The program of a case for b queries and n rows, compiled for a device of a topology."""
     from xla_kernels import PackedCodes, PackedTree
+    from xla_kernels.tree_search.packed import SlotGains
 
     _, shape, form = case.split("/")
     if form.startswith("mosaic"):
@@ -38,13 +39,16 @@ def compiled(case: str, device, b: int, n: int, tpu: bool):
         ranking=array((0, d)),
         leaf_offset=array((0,)),
         starts=array((LEAVES + 1,), jnp.int32),
-        codewords=array((m, s, k)),
+        # Additive codewords are as long as a row.
+        codewords=array((m, d if form == "tree_additive" else s, k)),
         codes=codes,
         slot_offset=array((0,)),
         slot_rows=array((n,), jnp.int32),
         usable=array((1, n), jnp.bool_),
         spread=array((LEAVES,)),
     )
+    if form == "tree_scale":
+        tree = tree._replace(gains=SlotGains(array((n,), jnp.uint8), array((16,))))
     if form == "tree_xla":
         return plain(tree, queries, rows)
     if form == "search":
