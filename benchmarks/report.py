@@ -1,4 +1,4 @@
-"""Write the tables of the README and of docs/accelerators.md from the results of the benchmarks.
+"""Write the tables of the README and of pages in docs/ from the results of the benchmarks.
 
 python benchmarks/report.py          rewrites them
 python benchmarks/report.py --check  fails if one is not what the results say
@@ -13,10 +13,11 @@ from typing import Any
 
 import devices
 import paper
+import summary
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/accelerators.md")
+PAGES = ("README.md", "docs/accelerators.md", "docs/measured.md")
 
 
 def _environment(result: dict) -> str:
@@ -436,6 +437,8 @@ def render(text: str) -> str:
     """A page with every table between its markers replaced."""
     if all((RESULTS / f"{name}.json").exists() for name in paper.RESULTS_USED):
         text = _between(text, "paper", paper.table(RESULTS))
+    if all((RESULTS / f"{name}.json").exists() for name in summary.RESULTS_USED):
+        text = _between(text, "summary", summary.table(RESULTS))
     if devices.BASELINE.exists() and devices.ROOFLINE.exists():
         text = _between(text, "devices", devices.table())
         text = _between(text, "mosaic", devices.mosaic())
