@@ -13,9 +13,9 @@ import pytest
 from jax.sharding import Mesh
 
 import avq_jax
+from avq_jax.mips.leaf_owners import leaf_owners
 from avq_jax.mips.packing import coded_rows
 from avq_jax.mips.rescoring import store_rows
-from avq_jax.mips.sharded import _share
 
 from .conftest import LEAVES, SIZES, D, N
 
@@ -61,6 +61,47 @@ def test_queries_over_another_axis(index, queries):
     assert few.ids.tolist() == one.ids[0].tolist()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"adaptive": 1.5},
+        {"overretrieve": 1.5, "adaptive": 2.0, "rescore": 20},
+        {"recall_target": 0.9, "rescore": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("leaves", ["near", "spread"])
+@pytest.mark.parametrize("implementation", ["xla", None])
+def test_options_of_search(rows, queries, leaves, implementation, options):
+    """Rows lie in two leaves, of two devices."""
+    index = avq_jax.build(jax.random.key(0), rows, soar_lambda=1.0, **SIZES)
+    parts = avq_jax.shard(index, mesh_of(3), axis="shards", leaves=leaves)
+    options = {"k": 5, "leaves_to_search": LEAVES, "rescore": 40, **options}
+    options["implementation"] = implementation
+    one = avq_jax.search(index, queries, **options)
+    many = avq_jax.search_sharded(parts, queries, **options)
+    assert_same(many, one)
+    if "adaptive" in options:
+        # It is not the search without.
+        less = {**options, "adaptive": 0.0}
+        assert_same(
+            avq_jax.search_sharded(parts, queries, **less), avq_jax.search(index, queries, **less)
+        )
+
+
+def test_leaves_are_shared_out_evenly():
+    rng = np.random.default_rng(0)
+    vectors, sizes = rng.standard_normal((400, 5)), rng.integers(1, 20, 400)
+    for leaves in ("near", "spread"):
+        owners = leaf_owners(vectors, sizes, 6, leaves)
+        load = np.bincount(owners, sizes, minlength=6)
+        assert load.max() < 1.1 * load.mean()
+    alone = leaf_owners(vectors[:2], sizes[:2], 6, "near")
+    assert len(set(alone.tolist())) == 2
+    same = leaf_owners(np.zeros((9, 2)), np.ones(9, int), 3, "near")
+    assert np.bincount(same).tolist() == [3, 3, 3]
+
+
 @pytest.mark.full
 def test_other_forms(index, rows, queries):
     """int8 rows, an odd number of shards with empty ones, spilled copies, removed rows."""
@@ -88,6 +129,7 @@ def test_arguments(index, exact_indexes, queries, rows):
     for call, error in [
         (lambda: avq_jax.shard(exact_indexes["dot"], mesh, axis="shards"), "must have a tree"),
         (lambda: avq_jax.shard(index, mesh, axis="rows"), "axis must be one of"),
+        (lambda: avq_jax.shard(index, mesh, axis="shards", leaves="far"), "leaves must be one of"),
         (lambda: built(mesh, axis="rows"), "axis must be one of"),
         (lambda: built(mesh, soar_lambda=-1.0), "soar_lambda must be None or a finite number"),
         (lambda: built(mesh, scanned_dim=D + 1), "scanned_dim must be at most the width of x"),
@@ -95,6 +137,9 @@ def test_arguments(index, exact_indexes, queries, rows):
         (lambda: avq_jax.search_sharded(parts, queries[:, :3]), f"as wide as .* {D}"),
         (lambda: avq_jax.search_sharded(parts, queries, k=5, rescore=3), "at least k = 5"),
         (lambda: avq_jax.search_sharded(parts, queries, queries_axis="shards"), "queries_axis"),
+        (lambda: avq_jax.search_sharded(parts, queries, adaptive=-1.0), "adaptive must be None"),
+        (lambda: avq_jax.search_sharded(parts, queries, overretrieve=0.5), "overretrieve must be"),
+        (lambda: avq_jax.search_sharded(parts, queries, recall_target=0.0), "recall_target must be"),
     ]:
         with pytest.raises(ValueError, match=error):
             call()
@@ -211,10 +256,9 @@ def test_sharded_learner_takes_the_same_steps(rows, m):
 
 @pytest.mark.full
 def test_best_rows_all_on_one_device(rows):
-    """Every eighth row: their device must be asked for more than its share."""
+    """Every eighth row: one device scores all of them exactly."""
     x = np.array(rows)
     x[::8] = 5 * x[0] + x[::8] / 10
-    assert _share(70, 20, 8) < 70
     index = avq_jax.build(jax.random.key(0), x, **SIZES)
     options = {"k": 20, "leaves_to_search": LEAVES, "rescore": 70, "implementation": "xla"}
     parts = avq_jax.shard(index, mesh_of(8), axis="shards")
