@@ -247,22 +247,24 @@ def search_sharded(
     axes = set(sharded.mesh.shape) - {sharded.axis}
     if queries_axis is not None and queries_axis not in axes:
         raise ValueError(f"queries_axis must be None or one of {axes}; got {queries_axis!r}")
-    if effort.retrieve is None:
+    kept = effort.retrieve
+    if kept is None:
         copies = sharded.num_slots >= 2 * index.num_rows
-        twice = copies and effort.rescore < 3 * effort.k
-        effort = effort._replace(retrieve=effort.rescore * (2 if twice else 1))
+        kept = effort.rescore * (2 if copies and effort.rescore < 3 * effort.k else 1)
+    kept = kept if effort.rescore else 2 * effort.k + SPARE
     parts = (sharded.packed, sharded.rows, sharded.scale, sharded.projection)
-    meta = (sharded.mesh, sharded.axis, queries_axis, index.metric)
+    meta = (sharded.mesh, sharded.axis, queries_axis, index.metric, kept)
     scores, ids = _search_parts(parts, jnp.asarray(q), effort, meta)
     return SearchResult(scores[0], ids[0]) if single else SearchResult(scores, ids)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _search_parts(parts: Any, q: Array, effort: Effort, meta: tuple) -> SearchResult:
-    mesh, axis, queries_axis, metric = meta
+    mesh, axis, queries_axis, metric, kept = meta
 
     def device(parts: Any, projection: Any, q: Array) -> SearchResult:
-        part = _Part(*jax.tree.map(lambda a: a[0], parts), metric, axis, mesh.shape[axis])
+        packed, rows, scale = jax.tree.map(lambda a: a[0], parts)
+        part = _Part(packed, rows, scale, metric, axis, mesh.shape[axis], kept)
         return part.search(q, projection, effort)
 
     whole, shared = PartitionSpec(axis), PartitionSpec(queries_axis)
@@ -275,14 +277,15 @@ def _search_parts(parts: Any, q: Array, effort: Effort, meta: tuple) -> SearchRe
 
 
 class _Part(NamedTuple):
-    """What a device has of an index, and its place among the others."""
+    """What a device has of an index, its place among the others, and slots kept by estimate."""
 
     packed: PackedTree
     rows: Any
     scale: Any
     metric: str
     axis: str
-    count: int
+    shards: int
+    kept: int
 
     def search(self, q: Array, projection: Any, effort: Effort) -> SearchResult:
         """The results of all queries, on every device."""
@@ -296,7 +299,7 @@ class _Part(NamedTuple):
         leaves = jnp.where(probes.usable[:, None], leaves, -1)
         seen = self._for_all(mine)
         if effort.adaptive is not None and leaves.shape[1] > SURE_LEAVES:
-            leaves = self._likely(seen, mine, leaves, effort)
+            leaves = self._likely(seen, mine, leaves, effort, effort.adaptive)
         leaves = self._for_all(leaves)
         if effort.rescore:
             full = seen if mine is probes.q else self._for_all(probes.q)
@@ -313,7 +316,7 @@ class _Part(NamedTuple):
             )
         scores, ids = (self._to_own(a) for a in found)
         # Equal scores in the order of the rows.
-        retrieve = max(self.count * k, k + 1)
+        retrieve = max(self.shards * k, k + 1)
         scores, ids = self._chosen(scores, ids, effort, retrieve=retrieve, keep=k, k=k)
         if self.metric == "l2" and not effort.rescore:
             # <q, x> - ||x||^2 / 2 back to -||q - x||^2
@@ -326,27 +329,27 @@ class _Part(NamedTuple):
     ) -> tuple[Array, Array]:
         """Exact scores of the rows of this device among the candidates of all, and their ids."""
         floor = self._floor(seen, leaves, effort)
-        retrieve, keep, k = effort.retrieve, effort.rescore, effort.k
+        retrieve, keep, k = self.kept, effort.rescore, effort.k
         found = self._candidates(seen, leaves, effort, retrieve=retrieve, k=k, floor=floor)
         _, chosen = self._chosen(*found, effort, retrieve=retrieve, keep=keep, k=k)
         chosen = self._for_all(chosen)
         me = jax.lax.axis_index(self.axis)
-        here = (chosen >= 0) & (chosen % self.count == me)
-        local = jnp.where(here, chosen // self.count, -1)
+        here = (chosen >= 0) & (chosen % self.shards == me)
+        local = jnp.where(here, chosen // self.shards, -1)
         # Rows are rescored by XLA where the scan has a kernel of an accelerator.
         by = effort.implementation if effort.implementation in ("xla", "cpu") else None
         scores, rows = _exact(full, self.rows, self.scale, local, k, self.metric, by)
-        return scores, jnp.where(rows >= 0, rows * self.count + me, -1)
+        return scores, jnp.where(rows >= 0, rows * self.shards + me, -1)
 
     def _floor(self, seen: Array, leaves: Array, effort: Effort) -> Array | None:
         """What candidates must reach by the best leaves, so that others need not look below."""
-        if self.count == 1 or leaves.shape[1] <= 2 * _FIRST:
+        if self.shards == 1 or leaves.shape[1] <= 2 * _FIRST:
             return None
         floor = tree_floor(
             self.packed,
             seen,
             leaves[:, :_FIRST],
-            retrieve=effort.retrieve,
+            retrieve=self.kept,
             implementation=effort.implementation,
         )
         return jax.lax.pmax(floor, self.axis)
@@ -384,9 +387,11 @@ class _Part(NamedTuple):
         scores, rows = (jnp.take_along_axis(a, place, axis=1) for a in (scores, rows))
         return jnp.where(found, scores, -jnp.inf), jnp.where(found, rows, -1)
 
-    def _likely(self, seen: Array, mine: Array, leaves: Array, effort: Effort) -> Array:
+    def _likely(
+        self, seen: Array, mine: Array, leaves: Array, effort: Effort, deviations: float
+    ) -> Array:
         """Leaves of this device's queries without those that are passed over."""
-        kept = effort.retrieve if effort.rescore else 2 * effort.k + SPARE
+        kept = self.kept
         sure = self._for_all(leaves[:, :SURE_LEAVES])
         found = self._candidates(seen, sure, effort, retrieve=kept, k=1)
         scores, _ = self._chosen(*found, effort, retrieve=kept, keep=kept, k=1)
@@ -397,15 +402,15 @@ class _Part(NamedTuple):
         def likely(q: Array, leaves: Array, bar: Array) -> Array:
             some = jnp.maximum(leaves, 0)
             mean = jnp.sum(self.packed.centroids[some] * q[None, :], axis=1)
-            return highest_estimates(self.packed, q, some, mean, effort.adaptive) >= bar
+            return highest_estimates(self.packed, q, some, mean, deviations) >= bar
 
         first = (jnp.arange(leaves.shape[1]) < SURE_LEAVES)[None, :]
         return jnp.where(first | jax.vmap(likely)(mine, leaves, bar), leaves, -1)
 
     def _own(self, q: Array) -> Array:
         """The queries of this device; those that are none are not finite."""
-        q = jnp.pad(q, ((0, -q.shape[0] % self.count), (0, 0)), constant_values=jnp.nan)
-        each = q.shape[0] // self.count
+        q = jnp.pad(q, ((0, -q.shape[0] % self.shards), (0, 0)), constant_values=jnp.nan)
+        each = q.shape[0] // self.shards
         return jax.lax.dynamic_slice_in_dim(q, jax.lax.axis_index(self.axis) * each, each)
 
     def _for_all(self, a: Array) -> Array:
@@ -415,8 +420,8 @@ class _Part(NamedTuple):
     def _to_own(self, a: Array) -> Array:
         """``[b, r]`` on each device to what all have for its own queries, ``[b', count r]``."""
         r = a.shape[1]
-        a = jax.lax.all_to_all(a.reshape(self.count, -1, r), self.axis, 0, 0)
-        return a.transpose(1, 0, 2).reshape(-1, self.count * r)
+        a = jax.lax.all_to_all(a.reshape(self.shards, -1, r), self.axis, 0, 0)
+        return a.transpose(1, 0, 2).reshape(-1, self.shards * r)
 
 
 def _exact(

@@ -139,7 +139,10 @@ def test_arguments(index, exact_indexes, queries, rows):
         (lambda: avq_jax.search_sharded(parts, queries, queries_axis="shards"), "queries_axis"),
         (lambda: avq_jax.search_sharded(parts, queries, adaptive=-1.0), "adaptive must be None"),
         (lambda: avq_jax.search_sharded(parts, queries, overretrieve=0.5), "overretrieve must be"),
-        (lambda: avq_jax.search_sharded(parts, queries, recall_target=0.0), "recall_target must be"),
+        (
+            lambda: avq_jax.search_sharded(parts, queries, recall_target=0.0),
+            "recall_target must be",
+        ),
     ]:
         with pytest.raises(ValueError, match=error):
             call()

@@ -28,7 +28,7 @@ def tree_search(
     """Scores ``float32[b, k]`` and rows ``int32[b, k]``; see `api.tree_search`."""
     if leaves is not None:
         return _scan(tree, queries, leaves, usable, k=effort.k, retrieve=0)
-    attributes = {
+    attributes: dict[str, Any] = {
         "layout": np.int32(LAYOUT_NUMBERS[tree.codes.layout]),
         "leaves_to_search": np.int64(effort.leaves_to_search),
         "leaves_ranked": np.int64(effort.leaves_ranked),
@@ -110,7 +110,7 @@ def _scan(
     last: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The k best rows of chosen leaves, or about ``retrieve`` slots by rounded tables."""
-    attributes = {
+    attributes: dict[str, Any] = {
         "layout": np.int32(LAYOUT_NUMBERS[tree.codes.layout]),
         "retrieve": np.int64(retrieve),
         "last": np.bool_(last),

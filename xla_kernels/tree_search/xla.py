@@ -111,10 +111,10 @@ def candidates(
     del floor  # what may be left out costs nothing here
 
     def one(args: Any) -> Any:
-        found = _candidates(tree, *args, tree.usable[0], effort, kept_slots(effort))
+        q, shared, leaves = args
+        found = _candidates(tree, q, shared, leaves, tree.usable[0], effort, kept_slots(effort))
         rows = tree.slot_rows[jnp.maximum(found.slots, 0)]
-        found = found.scores, jnp.where(found.slots >= 0, rows, -1)
-        return cut_or_pad(found, width)
+        return cut_or_pad((found.scores, jnp.where(found.slots >= 0, rows, -1)), width)
 
     def tile(args: Any) -> Any:
         q, leaves, ok = args
