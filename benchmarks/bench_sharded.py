@@ -5,8 +5,8 @@
 Shards are host devices of one process that share the CPU, pinned to one core, so ``cpu_us`` is the
 CPU time of all of them together, not latency; ways to share leaves out and numbers of shards take
 turns. ``same_ids`` is against ``search``, whose time at the same effort is ``search_cpu_us``.
-``processes`` is wall-clock time of batches where each process has a core of its own, one thread and
-one shard, and they talk over loopback.
+``processes`` is the least wall-clock time of a batch where each process has a core of its own, one
+thread and one shard, and they talk over loopback.
 """
 
 import argparse
@@ -27,12 +27,11 @@ BATCHES = (256, 1024)
 _FLAGS = "--xla_force_host_platform_device_count=8"
 
 
-def median_times(
-    calls: list[Callable[[], Any]], count: int, clock: Callable[[], float], rounds: int
-) -> list[float]:
-    """Microseconds a query of each call, which take turns."""
+def times_of(
+    calls: list[Callable[[], Any]], clock: Callable[[], float], rounds: int
+) -> list[list[float]]:
+    """Microseconds of each call, which take turns."""
     import jax
-    import numpy as np
 
     for call in calls:
         jax.block_until_ready(call())
@@ -41,8 +40,8 @@ def median_times(
         for call, own in zip(calls, times, strict=True):
             start = clock()
             jax.block_until_ready(call())
-            own.append((clock() - start) / count * 1e6)
-    return [round(float(np.median(own)), 1) for own in times]
+            own.append((clock() - start) * 1e6)
+    return times
 
 
 def queries_of(path: str) -> Any:
@@ -74,8 +73,9 @@ def one_process(args: argparse.Namespace) -> None:
         for leaves in EFFORTS
         for count in BATCHES
     ]
-    times = median_times(calls, 1, time.perf_counter, args.rounds)
-    print(json.dumps(times), flush=True)
+    times = times_of(calls, time.perf_counter, args.rounds)
+    # The best round: another program on one of the cores slows all processes down.
+    print(json.dumps([min(own) for own in times]), flush=True)
 
 
 def run_processes(args: argparse.Namespace, index: pathlib.Path, processes: int) -> list[float]:
@@ -109,7 +109,6 @@ def by_processes(args: argparse.Namespace, index: Any) -> list[dict[str, Any]]:
                 own.append(run_processes(args, path, processes))
     rows = []
     for i, (leaves, count) in enumerate((e, b) for e in EFFORTS for b in BATCHES):
-        # The best run: another program on one of the cores slows both processes down.
         us = {p: round(min(times[i] for times in own) / count, 2) for p, own in found.items()}
         row = {
             "leaves_to_search": leaves,
@@ -143,7 +142,8 @@ def by_shards(args: argparse.Namespace, index: Any, queries: Any) -> list[dict[s
                 lambda parts=parts: avq_jax.search_sharded(parts, some, **options)  # noqa: B023
             )
         ids = [np.asarray(call().ids) for call in calls]
-        plain, *times = median_times(calls, count, time.process_time, args.rounds)
+        times = times_of(calls, time.process_time, args.rounds)
+        plain, *times = (round(float(np.median(own)) / count, 1) for own in times)
         effort = {**options, "queries": count, "search_cpu_us": plain, "shards": []}
         for (how, shards), us, own in zip(kinds, times, ids[1:], strict=True):
             row = {

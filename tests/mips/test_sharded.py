@@ -156,9 +156,12 @@ jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv
 import numpy as np
 import avq_jax
 assert len(jax.devices()) == 2 and len(jax.local_devices()) == 1
+mesh = jax.make_mesh((2,), ("shards",))
+"""
+
+_SEARCH = """
 index = avq_jax.load(sys.argv[3])
 queries = np.load(sys.argv[4])
-mesh = jax.make_mesh((2,), ("shards",))
 parts = avq_jax.shard(index, mesh, axis="shards")
 assert parts.rows.addressable_shards[0].data.shape[1] == index.num_rows // 2
 found = avq_jax.search_sharded(parts, queries, k=5, leaves_to_search=3, rescore=40,
@@ -166,21 +169,28 @@ found = avq_jax.search_sharded(parts, queries, k=5, leaves_to_search=3, rescore=
 np.save(sys.argv[5], np.asarray(found.ids.addressable_data(0)))
 """
 
+_BUILD = """
+index = avq_jax.build_sharded(jax.random.key(0), np.load(sys.argv[3]), mesh=mesh, axis="shards",
+                              num_leaves=int(sys.argv[4]), num_subspaces=int(sys.argv[5]),
+                              num_iterations=int(sys.argv[6]))
+avq_jax.save(index, sys.argv[7])
+"""
 
-@pytest.mark.full
-def test_two_processes(index, queries, tmp_path):
-    avq_jax.save(index, tmp_path / "index")
-    np.save(tmp_path / "queries.npy", queries)
+
+def in_two_processes(code, *words):
+    """Run code in two processes over loopback, with words as arguments from the third on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     root = str(pathlib.Path(__file__).resolve().parents[2])
     env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     env["PYTHONPATH"] = root + os.pathsep + env.get("PYTHONPATH", "")
-    words = [str(tmp_path / "index"), str(tmp_path / "queries.npy")]
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, address, str(i), *words, str(tmp_path / f"{i}.npy")],
+            [
+                *(sys.executable, "-c", _PROCESS + code, address, str(i)),
+                *(str(word).format(process=i) for word in words),
+            ],
             env=env,
             stderr=subprocess.PIPE,
             text=True,
@@ -189,10 +199,41 @@ def test_two_processes(index, queries, tmp_path):
     ]
     said = [child.communicate(timeout=240)[1] for child in children]
     assert [child.returncode for child in children] == [0, 0], said
+
+
+@pytest.mark.full
+def test_two_processes(index, queries, tmp_path):
+    avq_jax.save(index, tmp_path / "index")
+    np.save(tmp_path / "queries.npy", queries)
+    words = (tmp_path / "index", tmp_path / "queries.npy", tmp_path / "{process}.npy")
+    in_two_processes(_SEARCH, *words)
     options = {"k": 5, "leaves_to_search": 3, "rescore": 40, "implementation": "xla"}
     wanted = avq_jax.search(index, queries, **options)
     for i in range(2):
         np.testing.assert_array_equal(np.load(tmp_path / f"{i}.npy"), wanted.ids)
+
+
+def assert_same_index(many, one):
+    """Up to the order of float sums."""
+    np.testing.assert_allclose(many.tree.centroids, one.tree.centroids, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(many.tree.ranking, one.tree.ranking, rtol=1e-4, atol=1e-4)
+    a, b = coded_rows(many.tree, N), coded_rows(one.tree, N)
+    assert (a.leaves == b.leaves).mean() > 0.99
+    np.testing.assert_allclose(
+        many.tree.codebook.codewords, one.tree.codebook.codewords, rtol=1e-2, atol=1e-2
+    )
+    assert (a.codes == b.codes).mean() > 0.98
+
+
+@pytest.mark.full
+def test_a_build_in_two_processes(rows, tmp_path):
+    np.save(tmp_path / "rows.npy", rows)
+    words = [SIZES[name] for name in ("num_leaves", "num_subspaces", "num_iterations")]
+    in_two_processes(_BUILD, tmp_path / "rows.npy", *words, tmp_path / "index{process}")
+    one = avq_jax.build(jax.random.key(0), rows, **SIZES)
+    first, second = (avq_jax.load(tmp_path / f"index{i}") for i in range(2))
+    assert avq_jax.to_arrays(first)[0] == avq_jax.to_arrays(second)[0]
+    assert_same_index(first, one)
 
 
 @pytest.mark.parametrize(
@@ -218,18 +259,12 @@ def test_sharded_build_is_that_of_one_device(rows, options, tmp_path):
     one = avq_jax.build(jax.random.key(0), rows, **options)
     many = avq_jax.build_sharded(jax.random.key(0), rows, mesh=mesh_of(8), axis="shards", **options)
     assert str(many) == str(one)
-    np.testing.assert_allclose(many.tree.centroids, one.tree.centroids, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(many.tree.ranking, one.tree.ranking, rtol=1e-4, atol=1e-4)
+    assert_same_index(many, one)
     avq_jax.save(many, tmp_path / "a")
     again = avq_jax.load(tmp_path / "a")
     # Headers have the sha256 of every array.
     assert avq_jax.to_arrays(again)[0] == avq_jax.to_arrays(many)[0]
     a, b = coded_rows(many.tree, N), coded_rows(one.tree, N)
-    assert (a.leaves == b.leaves).mean() > 0.99
-    np.testing.assert_allclose(
-        many.tree.codebook.codewords, one.tree.codebook.codewords, rtol=1e-2, atol=1e-2
-    )
-    assert (a.codes == b.codes).mean() > 0.98
     if metric == "l2":
         same = (a.codes == b.codes).all(axis=-1) & (a.leaves == b.leaves)
         np.testing.assert_allclose(a.offset[same], b.offset[same], rtol=1e-3, atol=1e-2)
