@@ -33,10 +33,8 @@ from xla_kernels import (
     Implementation,
     PackedTree,
     best_places,
-    best_rows,
     highest_estimates,
     rescore_top_k,
-    row_scores,
     tree_candidates,
     tree_floor,
     tree_leaves,
@@ -338,7 +336,15 @@ class _Part(NamedTuple):
         local = jnp.where(here, chosen // self.shards, -1)
         # Rows are rescored by XLA where the scan has a kernel of an accelerator.
         by = effort.implementation if effort.implementation in ("xla", "cpu") else None
-        scores, rows = _exact(full, self.rows, self.scale, local, k, self.metric, by)
+        scores, rows = rescore_top_k(
+            full,
+            self.rows,
+            local,
+            k,
+            scale=self.scale,
+            euclidean=self.metric == "l2",
+            implementation=by,
+        )
         return scores, jnp.where(rows >= 0, rows * self.shards + me, -1)
 
     def _floor(self, seen: Array, leaves: Array, effort: Effort) -> Array | None:
@@ -422,18 +428,3 @@ class _Part(NamedTuple):
         r = a.shape[1]
         a = jax.lax.all_to_all(a.reshape(self.shards, -1, r), self.axis, 0, 0)
         return a.transpose(1, 0, 2).reshape(-1, self.shards * r)
-
-
-def _exact(
-    q: Array, rows: Array, scale: Any, chosen: Array, k: int, metric: str, implementation: Any
-) -> tuple[Array, Array]:
-    """The k best of the chosen rows by exact score, of a device; -1 are skipped."""
-    if metric == "l2":
-
-        def one(args: Any) -> Any:
-            q, chosen = args
-            exact = row_scores(rows, scale, q, jnp.maximum(chosen, 0), euclidean=True)
-            return best_rows(jnp.where(chosen >= 0, exact, -jnp.inf), chosen, k)
-
-        return jax.lax.map(one, (q, chosen))
-    return rescore_top_k(q, rows, chosen, k, scale=scale, implementation=implementation)

@@ -7,6 +7,7 @@
 
 #include "collector.h"
 #include "top_k.h"
+#include "tree_search.h"
 
 namespace xla_kernels {
 namespace {
@@ -159,6 +160,7 @@ void rescore_top_k(const RescoreArguments& a, Pool& pool) {
   const char* level = kernels()->name;
   if (std::strcmp(level, "avx2") == 0 && row_dot_avx2() != nullptr) dot = row_dot_avx2();
   if (std::strncmp(level, "avx512", 6) == 0 && row_dot_avx512() != nullptr) dot = row_dot_avx512();
+  const auto distance = tree_kernels().distance;
   const int64_t item = a.type == RowType::kFloat32 ? 4 : a.type == RowType::kBfloat16 ? 2 : 1;
   const auto* rows = static_cast<const uint8_t*>(a.rows);
   const int64_t threads =
@@ -194,7 +196,10 @@ void rescore_top_k(const RescoreArguments& a, Pool& pool) {
       for (; at < ends[q - first]; ++at) {
         if (at + kAhead < size) prefetch(wanted[at + kAhead]);
         const int32_t row = wanted[at];
-        float score = dot(a.queries + q * a.width, rows + row * bytes, a.type, a.width);
+        const float* query = a.queries + q * a.width;
+        const uint8_t* x = rows + row * bytes;
+        float score = a.euclidean ? -distance(query, reinterpret_cast<const float*>(x), a.width)
+                                  : dot(query, x, a.type, a.width);
         if (a.scale != nullptr) score *= a.scale[row];
         score += 0.0f;
         if (score > kMinusInfinity) keys.push_back(best_key(score, row));

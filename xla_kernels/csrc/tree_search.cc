@@ -34,14 +34,6 @@ constexpr int64_t kRetained = int64_t{1} << 18;
 // Results up to which candidates are inserted one by one.
 constexpr int64_t kInserted = 32;
 
-const TreeKernels& tree_kernels() {
-  const char* level = kernels()->name;
-  const TreeKernels* found = nullptr;
-  if (std::strncmp(level, "avx512", 6) == 0) found = tree_avx512();
-  if (found == nullptr && std::strncmp(level, "avx", 3) == 0) found = tree_avx2();
-  return found != nullptr ? *found : *tree_portable();
-}
-
 template <typename T>
 class Aligned {
  public:
@@ -725,6 +717,14 @@ void in_tiles(const TreeSearchArguments& a, Pool& pool, Run run) {
 }
 
 }  // namespace
+
+const TreeKernels& tree_kernels() {
+  const char* level = kernels()->name;
+  const TreeKernels* found = nullptr;
+  if (std::strncmp(level, "avx512", 6) == 0) found = tree_avx512();
+  if (found == nullptr && std::strncmp(level, "avx", 3) == 0) found = tree_avx2();
+  return found != nullptr ? *found : *tree_portable();
+}
 
 void tree_search(const TreeSearchArguments& a, Pool& pool) {
   in_tiles(a, pool, [](Worker& worker, int64_t first, int64_t count) { worker.run(first, count); });

@@ -110,6 +110,9 @@ struct TreeKernels {
   float (*distance)(const float* query, const float* row, int64_t dim);
 };
 
+// Those of the instruction set in use.
+const TreeKernels& tree_kernels();
+
 const TreeKernels* tree_portable();
 const TreeKernels* tree_avx2();
 const TreeKernels* tree_avx512();
