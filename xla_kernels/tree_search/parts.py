@@ -200,7 +200,23 @@ def best_places(
 
     def plain(scores: jax.Array, rows: jax.Array) -> jax.Array:
         more = keep if keep < retrieve else most
-        return xla.best_places(scores, rows, retrieve=most, keep=more, width=width)
+        return _places_by_xla(scores, rows, retrieve=most, keep=more, width=width)
 
     name = implementations.resolve(implementation if implementation in (None, "cpu") else "xla")
     return implementations.choose(name, compiled, plain, scores, rows)
+
+
+def _places_by_xla(
+    scores: jax.Array, rows: jax.Array, *, retrieve: int, keep: int, width: int
+) -> jax.Array:
+    """`best_places` without those that equal the last."""
+    scores = jnp.where(rows >= 0, scores, -jnp.inf)
+    place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    less, rows, place = jax.lax.sort((-scores, rows, place), num_keys=2)
+    less, rows, place = (a[:, : min(retrieve, a.shape[1])] for a in (less, rows, place))
+    kept = less < jnp.inf
+    if keep < retrieve:
+        kept = kept & jax.vmap(lambda r: xla.first_distinct(r, keep))(rows)
+    _, place = jax.lax.sort((~kept, jnp.where(kept, place, -1)), num_keys=1, is_stable=True)
+    pad = ((0, 0), (0, max(0, width - place.shape[1])))
+    return jnp.pad(place, pad, constant_values=-1)[:, :width]

@@ -145,22 +145,6 @@ def cut_or_pad(found: tuple[jax.Array, jax.Array], width: int) -> tuple[jax.Arra
     return jnp.pad(scores, pad, constant_values=-jnp.inf), jnp.pad(rows, pad, constant_values=-1)
 
 
-def best_places(
-    scores: jax.Array, rows: jax.Array, *, retrieve: int, keep: int, width: int
-) -> jax.Array:
-    """Places ``int32[b, width]``; see `parts.best_places`. Equals of the last are left out."""
-    scores = jnp.where(rows >= 0, scores, -jnp.inf)
-    place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    less, rows, place = jax.lax.sort((-scores, rows, place), num_keys=2)
-    less, rows, place = (a[:, : min(retrieve, a.shape[1])] for a in (less, rows, place))
-    kept = less < jnp.inf
-    if keep < retrieve:
-        kept = kept & jax.vmap(lambda r: _first_distinct(r, keep))(rows)
-    _, place = jax.lax.sort((~kept, jnp.where(kept, place, -1)), num_keys=1, is_stable=True)
-    pad = ((0, 0), (0, max(0, width - place.shape[1])))
-    return jnp.pad(place, pad, constant_values=-1)[:, :width]
-
-
 def kept_slots(effort: Effort) -> int:
     """Slots a scan keeps; where a row may have two, one of them is spare."""
     return max(effort.retrieve, 2 * effort.k) if effort.rescore else 2 * effort.k + SPARE
@@ -199,7 +183,7 @@ def best_of_slots(
     kept = slots >= 0
     if effort.rescore:
         if effort.retrieve > effort.rescore:
-            kept = kept & _first_distinct(numbers, effort.rescore)
+            kept = kept & first_distinct(numbers, effort.rescore)
         scores = row_scores(*store, q_full, numbers, euclidean=euclidean)
     else:
         scores = slot_scores(tree, q, slots)
@@ -279,7 +263,7 @@ def _slot_scores(tree: PackedTree, table: jax.Array, blocks: jax.Array) -> jax.A
     return total
 
 
-def _first_distinct(numbers: jax.Array, count: int) -> jax.Array:
+def first_distinct(numbers: jax.Array, count: int) -> jax.Array:
     """Which of some rows, best first, are the first ``count`` different ones."""
     place = jnp.arange(numbers.shape[0], dtype=jnp.int32)
     order = jnp.lexsort((place, numbers))
