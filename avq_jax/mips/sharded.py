@@ -186,7 +186,8 @@ def search_sharded(
     """Search a shared-out index: the ids of :func:`avq_jax.search` on one device.
 
     The same leaves are probed, the same R candidates are chosen by quantized score over all
-    devices and rescored. Ids agree up to ties of scores within rounding.
+    devices and rescored. Ids agree up to ties of scores within rounding, and to candidates within
+    the rounding of the compiled kernel's tables where codes have more or less than 16 codewords.
 
     Args:
       sharded: from :func:`avq_jax.shard`.
