@@ -44,6 +44,8 @@ class Part(NamedTuple):
     def search(self, q: Array, projection: Any, effort: Effort) -> SearchResult:
         """The results of all queries, on every device."""
         b, k, by = q.shape[0], effort.k, effort.implementation
+        if b == 0:
+            return SearchResult(jnp.zeros((0, k), jnp.float32), jnp.zeros((0, k), jnp.int32))
         # Of each query's own device are its preparation, its leaves and its choices.
         probes = probes_of(self._own(q), self.metric)
         mine = Tree(self.packed, projection).scanned(probes.q)

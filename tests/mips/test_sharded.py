@@ -59,6 +59,20 @@ def test_queries_over_another_axis(index, queries):
     assert_same(avq_jax.search_sharded(parts, queries, queries_axis="queries", **options), one)
     few = avq_jax.search_sharded(parts, queries[0], **options)
     assert few.ids.tolist() == one.ids[0].tolist()
+    assert avq_jax.search_sharded(parts, queries[:0], **options).ids.shape == (0, 5)
+
+
+@pytest.mark.parametrize("rescore", [40, 0])
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+def test_gradients(indexes, queries, metric, rescore):
+    parts = avq_jax.shard(indexes[metric], mesh_of(3), axis="shards")
+    options = {"k": 3, "leaves_to_search": 4, "rescore": rescore}
+
+    def total(search, index):
+        return jax.grad(lambda q: (search(index, q, **options).scores ** 2).sum())(queries[:7])
+
+    one, many = total(avq_jax.search, indexes[metric]), total(avq_jax.search_sharded, parts)
+    np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
