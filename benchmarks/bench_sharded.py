@@ -5,8 +5,9 @@
 Shards are host devices of one process that share the CPU, pinned to one core, so ``cpu_us`` is the
 CPU time of all of them together, not latency; ways to share leaves out and numbers of shards take
 turns. ``same_ids`` is against ``search``, whose time at the same effort is ``search_cpu_us``.
-``processes`` is the least wall-clock time of a batch where each process has a core of its own, one
-thread and one shard, and they talk over loopback.
+``processes`` has batches where each process has a core of its own, one thread and one shard, and
+they talk over loopback: the least wall-clock time, and the CPU time of the process that takes most,
+waiting included where it spins; ``gain`` and ``cpu_gain`` are one process over two.
 """
 
 import argparse
@@ -53,8 +54,8 @@ def queries_of(path: str) -> Any:
 
 
 def one_process(args: argparse.Namespace) -> None:
-    """A process of a run of several: prints its times a query."""
-    os.sched_setaffinity(0, {args.process})
+    """A process of a run of several: prints its times a batch."""
+    os.sched_setaffinity(0, {args.core})
     import jax
 
     if args.processes > 1:
@@ -73,12 +74,16 @@ def one_process(args: argparse.Namespace) -> None:
         for leaves in EFFORTS
         for count in BATCHES
     ]
-    times = times_of(calls, time.perf_counter, args.rounds)
     # The best round: another program on one of the cores slows all processes down.
-    print(json.dumps([min(own) for own in times]), flush=True)
+    wall = [min(own) for own in times_of(calls, time.perf_counter, args.rounds)]
+    cpu = [sorted(own)[len(own) // 2] for own in times_of(calls, time.process_time, args.rounds)]
+    print(json.dumps([wall, cpu]), flush=True)
 
 
-def run_processes(args: argparse.Namespace, index: pathlib.Path, processes: int) -> list[float]:
+def run_processes(
+    args: argparse.Namespace, index: pathlib.Path, processes: int, first: int
+) -> list[list[float]]:
+    """Wall-clock and CPU time of each kind of batch, on so many cores from one on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -86,36 +91,45 @@ def run_processes(args: argparse.Namespace, index: pathlib.Path, processes: int)
     words += ["--processes", str(processes), "--rounds", str(args.rounds)]
     children = [
         subprocess.Popen(
-            [sys.executable, __file__, *words, "--process", str(process)],
+            [
+                *(sys.executable, __file__, *words, "--process", str(process)),
+                *("--core", str((first + process) % len(os.sched_getaffinity(0)))),
+            ],
             env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
             stdout=subprocess.PIPE,
             text=True,
         )
         for process in range(processes)
     ]
-    said = [child.communicate()[0] for child in children]
-    return json.loads(said[0].splitlines()[-1])
+    said = [json.loads(child.communicate()[0].splitlines()[-1]) for child in children]
+    return [[max(times) for times in zip(*each, strict=True)] for each in zip(*said, strict=True)]
 
 
 def by_processes(args: argparse.Namespace, index: Any) -> list[dict[str, Any]]:
     import avq_jax
 
-    found: dict[int, list[list[float]]] = {1: [], 2: []}
+    found: dict[int, list[list[list[float]]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "index"
         avq_jax.save(index, path)
-        for _ in range(args.repeats):
+        for repeat in range(args.repeats):
             for processes, own in found.items():
-                own.append(run_processes(args, path, processes))
+                own.append(run_processes(args, path, processes, repeat))
     rows = []
     for i, (leaves, count) in enumerate((e, b) for e in EFFORTS for b in BATCHES):
-        us = {p: round(min(times[i] for times in own) / count, 2) for p, own in found.items()}
+        (one, one_cpu), (two, two_cpu) = (
+            [min(times[clock][i] for times in own) / count for clock in (0, 1)]
+            for own in found.values()
+        )
         row = {
             "leaves_to_search": leaves,
             "queries": count,
-            "one_process_us": us[1],
-            "two_processes_us": us[2],
-            "gain": round(us[1] / us[2], 2),
+            "one_process_us": round(one, 2),
+            "two_processes_us": round(two, 2),
+            "gain": round(one / two, 2),
+            "one_process_cpu_us": round(one_cpu, 2),
+            "two_processes_cpu_us": round(two_cpu, 2),
+            "cpu_gain": round(one_cpu / two_cpu, 2),
         }
         rows.append(row)
         print(row, flush=True)
@@ -166,6 +180,7 @@ def main() -> None:
     parser.add_argument("--index", default=None, help="a saved index of the data set")
     parser.add_argument("--process", type=int, default=None, help="number of this process")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--address", default="")
     args = parser.parse_args()
     if args.process is not None:
