@@ -72,7 +72,7 @@ class ShardedIndex:
     num_slots: int = 0
 
 
-def shard(index: Index, mesh: Mesh, *, axis: str, leaves: str = "near") -> ShardedIndex:
+def shard(index: Index, mesh: Mesh, *, axis: str, leaves: str = "spread") -> ShardedIndex:
     """Share an index out over the devices of a mesh axis: leaves, and row r to device r mod shards.
 
     In a run of several processes each calls this with the same index and keeps its own part.
@@ -82,10 +82,11 @@ def shard(index: Index, mesh: Mesh, *, axis: str, leaves: str = "near") -> Shard
       mesh: of devices.
       axis: its axis over which leaves and rows are shared out; the index is repeated over other
         axes.
-      leaves: who has which. ``"near"`` keeps neighbouring leaves together, so that a query has work
-        on few devices: least work in all, for batches of many different queries. ``"spread"``
-        gives every device leaves from all over, so that one query, or many alike, are work for all
-        devices: least time for a single query, at a table and a list of candidates each.
+      leaves: who has which. ``"spread"`` gives every device leaves from all over, so that any
+        query is work for all devices: least time for a query and for a batch. ``"near"`` keeps
+        neighbouring leaves together, so that a query has work on fewer devices: a twentieth less
+        work in all, but devices whose leaves are asked for more have more of it (a half more than
+        the mean, of word vectors).
 
     Returns:
       :class:`ShardedIndex` for :func:`avq_jax.search_sharded`.
