@@ -178,8 +178,9 @@ def best_places(
       ValueError: ``retrieve`` or ``keep`` below 1.
 
     Example:
-      >>> scores = jnp.array([[1.0, 3.0, 2.0, 3.0]])
-      >>> best_places(scores, jnp.array([[4, 5, 6, 5]]), retrieve=4, keep=2).tolist()
+      >>> import numpy as np
+      >>> scores = np.array([[1.0, 3.0, 2.0, 3.0]], np.float32)
+      >>> best_places(scores, np.array([[4, 5, 6, 5]], np.int32), retrieve=4, keep=2).tolist()
       [[1, 2]]
     """
     if retrieve < 1 or keep < 1:
