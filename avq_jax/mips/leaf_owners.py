@@ -34,7 +34,7 @@ def leaf_owners(
       Shard of each leaf.
 
     >>> leaf_owners(np.array([[0.0], [9.0], [1.0], [8.0]]), np.ones(4, int), 2, "near").tolist()
-    [0, 1, 0, 1]
+    [1, 0, 1, 0]
     """
     owners = np.zeros(len(sizes), np.int32)
     if leaves == "spread":
