@@ -20,7 +20,7 @@ def tree_search(
     row_scale: jax.Array | None,
     row_queries: jax.Array | None,
     usable: jax.Array | None,
-    leaves: jax.Array | None,
+    leaves: jax.Array | None = None,
     *,
     effort: Effort,
     euclidean: bool,
