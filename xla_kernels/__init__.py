@@ -18,8 +18,15 @@ from .rescore.layout import pack_rows as pack_rows
 from .tree_search.api import Implementation as Implementation
 from .tree_search.api import tree_search as tree_search
 from .tree_search.direct import direct_tree_search as direct_tree_search
+from .tree_search.effort import SURE_LEAVES as SURE_LEAVES
 from .tree_search.packed import PackedTree as PackedTree
 from .tree_search.packed import pack_tree as pack_tree
 from .tree_search.packed import slots_per_block as slots_per_block
+from .tree_search.parts import best_places as best_places
+from .tree_search.parts import tree_candidates as tree_candidates
+from .tree_search.parts import tree_floor as tree_floor
+from .tree_search.parts import tree_leaves as tree_leaves
+from .tree_search.xla import SPARE as SPARE
 from .tree_search.xla import best_rows as best_rows
+from .tree_search.xla import highest_estimates as highest_estimates
 from .tree_search.xla import row_scores as row_scores

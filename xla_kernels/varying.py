@@ -28,7 +28,9 @@ def match_varying(array: jax.Array, axes: frozenset) -> jax.Array:
     return getattr(lax, "pvary")(array, missing)  # noqa: B009  (its name before jax 0.9)
 
 
-def ffi_call(target: str, out: Any, *args: jax.Array, **attributes: Any) -> Any:
+def ffi_call(
+    target: str, out: Any, *args: jax.Array, vmap_method: str | None = None, **attributes: Any
+) -> Any:
     """`jax.ffi.ffi_call` whose results vary over the mesh axes that any argument varies over.
 
     XLA knows nothing of what a foreign function does: without the cast a wrong, replicated
@@ -36,5 +38,5 @@ def ffi_call(target: str, out: Any, *args: jax.Array, **attributes: Any) -> Any:
     """
     axes = varying_axes(*args)
     cast = [match_varying(x, axes) for x in args]
-    results = jax.ffi.ffi_call(target, out)(*cast, **attributes)
+    results = jax.ffi.ffi_call(target, out, vmap_method=vmap_method)(*cast, **attributes)
     return jax.tree.map(lambda x: match_varying(x, axes), results)

@@ -9,7 +9,7 @@ from avq_jax.checks import as_count, as_recall_target, is_number
 from avq_jax.mips.index import Index
 from xla_kernels import Implementation
 
-__all__ = ["Effort", "effort_of"]
+__all__ = ["Effort", "Has", "checked_effort", "effort_of"]
 
 
 class Effort(NamedTuple):
@@ -35,14 +35,47 @@ def effort_of(
     recall_target: Any = 1.0,
 ) -> Effort:
     """Settings of a search, checked, with the defaults of the index."""
+    slots = 0 if index.tree is None else index.tree.packed.slot_rows.shape[0]
+    has = Has(index.leaves_to_search, index.num_leaves, slots, index.store is not None)
+    more = (adaptive, overretrieve, recall_target)
+    return checked_effort(has, k, leaves_to_search, rescore, implementation, *more)
+
+
+class Has(NamedTuple):
+    """What an index has, as far as settings of a search depend on it.
+
+    Attributes:
+      leaves_to_search: its default.
+      num_leaves: leaves of its tree.
+      slots: of all leaves.
+      stored: whether it keeps rows for exact scores.
+    """
+
+    leaves_to_search: int
+    num_leaves: int
+    slots: int
+    stored: bool
+
+
+def checked_effort(
+    has: Has,
+    k: Any,
+    leaves_to_search: Any,
+    rescore: Any,
+    implementation: Any,
+    adaptive: Any,
+    overretrieve: Any,
+    recall_target: Any,
+) -> Effort:
+    """Settings of a search of an index that has so much, checked."""
     k = as_count(k, name="k")
     if leaves_to_search is None:
-        leaves_to_search = index.leaves_to_search
-    leaves = min(as_count(leaves_to_search, name="leaves_to_search"), index.num_leaves)
+        leaves_to_search = has.leaves_to_search
+    leaves = min(as_count(leaves_to_search, name="leaves_to_search"), has.num_leaves)
     if rescore is None:
-        rescore = max(10 * k, 100) if index.store is not None else 0
+        rescore = max(10 * k, 100) if has.stored else 0
     rescore = as_count(rescore, name="rescore", minimum=0)
-    if index.store is None and rescore:
+    if not has.stored and rescore:
         raise ValueError(
             "rescore must be 0 for an index built with rescore_dtype=None, which keeps no rows; "
             f"got {rescore}"
@@ -57,7 +90,6 @@ def effort_of(
     if overretrieve is not None:
         if not (is_number(overretrieve) and 1 <= overretrieve < math.inf):
             raise ValueError(f"overretrieve must be None or a number >= 1; got {overretrieve!r}")
-        slots = 0 if index.tree is None else index.tree.packed.slot_rows.shape[0]
-        retrieve = max(rescore, math.ceil(min(overretrieve * rescore, slots)))
+        retrieve = max(rescore, math.ceil(min(overretrieve * rescore, has.slots)))
     target = as_recall_target(recall_target)
     return Effort(k, leaves, rescore, implementation, adaptive, retrieve, target)

@@ -28,6 +28,7 @@ class Learned(NamedTuple):
     group_starts: Any
     projection: Any
     levels: Any
+    kicks: Any
 
 
 class Part:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from avq_jax.checks import as_queries, is_traced
 from avq_jax.mips.direct import DIRECT_QUERIES, bind, bound, host_queries
@@ -27,7 +27,7 @@ from xla_kernels import (
     tree_search,
 )
 
-__all__ = ["search", "searcher"]
+__all__ = ["Probes", "probes_of", "result_of", "search", "searcher"]
 
 # Queries that share one product with the centroids. Always this many, so that a query gets the
 # same bits whatever the batch around it.
@@ -173,24 +173,54 @@ def _search(
     if b == 0 or index.num_rows == 0:
         scores = jnp.full((b, effort.k), -jnp.inf, jnp.float32)
         return SearchResult(scores, jnp.full((b, effort.k), -1, jnp.int32))
+    probes = probes_of(queries, index.metric)
+    if index.tree is None:
+        found = _search_rows(index.store, probes.q, allowed, probes.usable, effort.k, index.metric)
+    else:
+        found = _search_tree(index, probes.q, allowed, probes.usable, effort)
+    return result_of(probes, *found)
+
+
+class Probes(NamedTuple):
+    """Queries made ready for a search.
+
+    Attributes:
+      q: ``[b, d]`` what is searched for.
+      factor: ``[b]`` of its scores.
+      usable: ``bool[b]``, false where a query is not finite.
+    """
+
+    q: Any
+    factor: Any
+    usable: Any
+
+
+def probes_of(queries: Float[Array, "b d"], metric: str) -> Probes:
+    """Queries of length 1 for cosines, of moderate size for products, and none that is not finite.
+
+    >>> probes_of(jnp.array([[3.0, 4.0]]), "cosine").q.tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
     usable = jnp.all(jnp.isfinite(queries), axis=1)
     q = jnp.where(usable[:, None], queries, 0)
-    factor = jnp.ones(b, jnp.float32)
-    if index.metric == "cosine":
+    factor = jnp.ones(queries.shape[0], jnp.float32)
+    if metric == "cosine":
         q = unit(q)
-    elif index.metric == "dot":
+    elif metric == "dot":
         # Scores scale along with the query; a power of two keeps them inside float32.
         largest = jnp.max(jnp.abs(jax.lax.stop_gradient(q)), axis=1)
         extreme = (largest > _LARGE) | (largest < 1 / _LARGE)
         factor = jnp.where(extreme, power_of_two(largest), factor)
         q = q / factor[:, None]
+    return Probes(q, factor, usable)
 
-    if index.tree is None:
-        scores, ids = _search_rows(index.store, q, allowed, usable, effort.k, index.metric)
-    else:
-        scores, ids = _search_tree(index, q, allowed, usable, effort)
-    found = (ids >= 0) & usable[:, None]
-    scores = jnp.clip(jnp.where(found, scores, 0) * factor[:, None], -_MAX, _MAX)
+
+def result_of(
+    probes: Probes, scores: Float[Array, "b k"], ids: Int32[Array, "b k"]
+) -> SearchResult:
+    """The result of a search for ``probes``."""
+    found = (ids >= 0) & probes.usable[:, None]
+    scores = jnp.clip(jnp.where(found, scores, 0) * probes.factor[:, None], -_MAX, _MAX)
     return SearchResult(jnp.where(found, scores, -jnp.inf), jnp.where(found, ids, -1))
 
 

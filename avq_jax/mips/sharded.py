@@ -1,18 +1,17 @@
-"""Search of an index whose rows are shared out over the devices of a mesh axis.
+"""Search of an index whose leaves are shared out over the devices of a mesh axis.
 
-Every device has the centroids and codebooks, and of each leaf the rows that are its own, dealt out
-one by one: row r lies on device r mod shards, whatever order rows come in. It scans its part of
-the probed leaves. For the rest queries are shared out too: a device compares the candidates of all
-devices for its part of the queries, tells each device which of its own to rescore, and compares
-what comes back. A device gives little more than its share of the R candidates; where one of them
-turns out to hold more, all are asked for R.
+Every device has the centroids and codebooks, the codes of whole leaves that are its own, and of the
+rows for exact scores those that are dealt out to it one by one: row r lies on device r mod shards.
+Queries are shared out too: a device ranks the leaves for its part of them, and all scan what they
+have of these leaves. For its part of the queries a device chooses among the candidates of all, the
+devices that have their rows score them exactly, and it chooses among those. Candidates are compared
+by the estimates that one device compares them by, so they are the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -21,13 +20,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from avq_jax.checks import as_count, as_queries, is_traced
-from avq_jax.mips.capacity import held_slots, lay_out_again
-from avq_jax.mips.exact import SearchResult, power_of_two
+from avq_jax.checks import as_queries, is_traced
+from avq_jax.mips.capacity import Held, held_slots, lay_out_again
+from avq_jax.mips.effort import Effort, Has, checked_effort
+from avq_jax.mips.exact import SearchResult
 from avq_jax.mips.index import Index, Tree
-from avq_jax.mips.searcher import search
-from avq_jax.quantization.rows import unit
-from xla_kernels import Implementation, PackedTree, best_rows, rescore_top_k, row_scores
+from avq_jax.mips.leaf_owners import LEAVES, leaf_owners
+from avq_jax.mips.sharded_part import Part
+from xla_kernels import SPARE, Implementation, PackedTree
 
 __all__ = ["ShardedIndex", "search_sharded", "shard"]
 
@@ -35,7 +35,7 @@ __all__ = ["ShardedIndex", "search_sharded", "shard"]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["index", "packed", "rows", "scale", "projection"],
-    meta_fields=["mesh", "axis", "rows_per_shard"],
+    meta_fields=["mesh", "axis", "rows_per_shard", "num_slots"],
 )
 @dataclasses.dataclass(frozen=True)
 class ShardedIndex:
@@ -56,8 +56,9 @@ class ShardedIndex:
       scale: ``float32[shards, rows_per_shard]`` of int8 rows, or ``None``.
       mesh: the mesh.
       axis: the name of its axis.
-      rows_per_shard: rows of a device, the last device's padding counted.
+      rows_per_shard: stored rows of a device, the last device's padding counted.
       projection: axes along which queries are scanned, or ``None``; as of the tree.
+      num_slots: slots of the whole tree.
     """
 
     index: Any
@@ -68,24 +69,32 @@ class ShardedIndex:
     axis: str
     rows_per_shard: int
     projection: Any = None
+    num_slots: int = 0
 
 
-def shard(index: Index, mesh: Mesh, *, axis: str) -> ShardedIndex:
-    """Share an index out over the devices of a mesh axis, row r to device r mod shards.
+def shard(index: Index, mesh: Mesh, *, axis: str, leaves: str = "spread") -> ShardedIndex:
+    """Share an index out over the devices of a mesh axis: leaves, and row r to device r mod shards.
 
     In a run of several processes each calls this with the same index and keeps its own part.
 
     Args:
       index: with a tree, of concrete arrays.
       mesh: of devices.
-      axis: its axis over which rows are shared out; the index is repeated over other axes.
+      axis: its axis over which leaves and rows are shared out; the index is repeated over other
+        axes.
+      leaves: who has which. ``"spread"`` gives every device leaves from all over, so that any
+        query is work for all devices: least time for a query and for a batch. ``"near"`` keeps
+        neighbouring leaves together, so that a query has work on fewer devices: a twentieth less
+        work in all, but devices whose leaves are asked for more have more of it (a half more than
+        the mean, of word vectors).
 
     Returns:
       :class:`ShardedIndex` for :func:`avq_jax.search_sharded`.
 
     Raises:
       TypeError: a traced index.
-      ValueError: an index without a tree, an axis that the mesh does not have.
+      ValueError: an index without a tree, an axis that the mesh does not have, another word for
+        ``leaves``.
 
     >>> import avq_jax, jax, numpy as np
     >>> x = jax.random.normal(jax.random.key(0), (1000, 16))
@@ -100,9 +109,14 @@ def shard(index: Index, mesh: Mesh, *, axis: str) -> ShardedIndex:
         raise ValueError("index must have a tree to be shared out; this one scores all rows")
     if axis not in mesh.shape:
         raise ValueError(f"axis must be one of {tuple(mesh.shape)}; got {axis!r}")
+    if leaves not in LEAVES:
+        raise ValueError(f"leaves must be one of {LEAVES}; got {leaves!r}")
     count = mesh.shape[axis]
     each = -(-index.num_rows // count)
-    parts = [_part(index, s, count) for s in range(count)]
+    sizes = np.diff(np.asarray(index.tree.packed.starts))
+    owners = leaf_owners(np.asarray(index.tree.ranking), sizes, count, leaves)
+    held = held_slots(index.tree)
+    parts = [_part(index.tree, held.part(owners[held.leaves] == s)) for s in range(count)]
     # Shapes are the same on all devices: free blocks at the end, which no leaf owns.
     slots = max(parts[0].block, *(part.slot_rows.shape[0] for part in parts))
     packed = jax.tree.map(lambda *a: np.stack(a), *(_padded_tree(part, slots) for part in parts))
@@ -117,7 +131,8 @@ def shard(index: Index, mesh: Mesh, *, axis: str) -> ShardedIndex:
 
     packed, rows, scale = jax.tree.map(put, (packed, rows, scale))
     rest = dataclasses.replace(index, tree=None, store=None, weight=None)
-    return ShardedIndex(rest, packed, rows, scale, mesh, axis, each, index.tree.projection)
+    slots = index.tree.packed.slot_rows.shape[0]
+    return ShardedIndex(rest, packed, rows, scale, mesh, axis, each, index.tree.projection, slots)
 
 
 def _split(a: Any, count: int, each: int) -> np.ndarray:
@@ -126,11 +141,10 @@ def _split(a: Any, count: int, each: int) -> np.ndarray:
     return a.reshape(each, count, *a.shape[1:]).swapaxes(0, 1)
 
 
-def _part(index: Index, shard: int, count: int) -> PackedTree:
-    """The tree of the rows of a shard, numbered from 0 in their order."""
-    held = held_slots(index.tree)
-    mine = held.part(held.rows % count == shard)
-    return lay_out_again(index.tree, mine, mine.rows // count).packed
+def _part(tree: Tree, held: Held) -> PackedTree:
+    """The tree of some slots; all leaves keep their numbers, most have no slots."""
+    part = lay_out_again(tree, held, held.rows).packed
+    return part._replace(spread=tree.packed.spread)
 
 
 def _padded_tree(packed: PackedTree, slots: int) -> PackedTree:
@@ -164,14 +178,17 @@ def search_sharded(
     k: int = 10,
     leaves_to_search: int | None = None,
     rescore: int | None = None,
+    adaptive: float | None = None,
+    overretrieve: float | None = None,
+    recall_target: float = 1.0,
     queries_axis: str | None = None,
     implementation: Implementation | None = None,
 ) -> SearchResult:
     """Search a shared-out index: the ids of :func:`avq_jax.search` on one device.
 
     The same leaves are probed, the same R candidates are chosen by quantized score over all
-    devices and rescored. Ids agree up to ties of scores within rounding; with ``soar_lambda``, R
-    counts distinct rows here and copies of rows there.
+    devices and rescored. Ids agree up to ties of scores within rounding, and to candidates within
+    the rounding of the compiled kernel's tables where codes have more or less than 16 codewords.
 
     Args:
       sharded: from :func:`avq_jax.shard`.
@@ -179,6 +196,10 @@ def search_sharded(
       k: as of :func:`avq_jax.search`.
       leaves_to_search: as of :func:`avq_jax.search`.
       rescore: as of :func:`avq_jax.search`.
+      adaptive: as of :func:`avq_jax.search`; the four best leaves are scanned before the others,
+        which takes one more exchange.
+      overretrieve: as of :func:`avq_jax.search`.
+      recall_target: as of :func:`avq_jax.search`.
       queries_axis: another axis of the mesh over which queries are shared out, b a multiple of
         its size; ``None`` gives every device all queries.
       implementation: as of :func:`avq_jax.search`.
@@ -187,6 +208,7 @@ def search_sharded(
       ``SearchResult(scores, ids)``, on every device along the axis of the index.
 
     Raises:
+      TypeError: as :func:`avq_jax.search`.
       ValueError: as :func:`avq_jax.search`; a ``queries_axis`` that is not another axis.
 
     >>> import avq_jax, jax
@@ -199,71 +221,36 @@ def search_sharded(
     """
     index = sharded.index
     q, single = as_queries(queries, width=index.dim)
-    k = as_count(k, name="k")
-    leaves = index.leaves_to_search if leaves_to_search is None else leaves_to_search
-    leaves = as_count(leaves, name="leaves_to_search")
-    if rescore is None:
-        rescore = max(10 * k, 100) if sharded.rows is not None else 0
-    rescore = as_count(rescore, name="rescore", minimum=0)
-    if rescore and (sharded.rows is None or rescore < k):
-        raise ValueError(
-            f"rescore must be 0 (off), or at least k = {k} for an index with stored rows; "
-            f"got {rescore}"
-        )
+    has = Has(
+        index.leaves_to_search,
+        sharded.packed.centroids.shape[1],
+        sharded.num_slots,
+        sharded.rows is not None,
+    )
+    more = (adaptive, overretrieve, recall_target)
+    effort = checked_effort(has, k, leaves_to_search, rescore, implementation, *more)
     axes = set(sharded.mesh.shape) - {sharded.axis}
     if queries_axis is not None and queries_axis not in axes:
         raise ValueError(f"queries_axis must be None or one of {axes}; got {queries_axis!r}")
-    effort = (k, leaves, rescore, implementation)
+    kept = effort.retrieve
+    if kept is None:
+        copies = sharded.num_slots >= 2 * index.num_rows
+        kept = effort.rescore * (2 if copies and effort.rescore < 3 * effort.k else 1)
+    kept = kept if effort.rescore else 2 * effort.k + SPARE
     parts = (sharded.packed, sharded.rows, sharded.scale, sharded.projection)
-    meta = (sharded.mesh, sharded.axis, queries_axis, index.metric, sharded.rows_per_shard)
+    meta = (sharded.mesh, sharded.axis, queries_axis, index.metric, kept)
     scores, ids = _search_parts(parts, jnp.asarray(q), effort, meta)
     return SearchResult(scores[0], ids[0]) if single else SearchResult(scores, ids)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _search_parts(parts: Any, q: Array, effort: tuple, meta: tuple) -> tuple[Array, Array]:
-    k, leaves, rescore, implementation = effort
-    mesh, axis, queries_axis, metric, each = meta
-    # Rows are rescored by XLA where the scan has a kernel of an accelerator.
-    exact_by = implementation if implementation in ("xla", "cpu") else None
+def _search_parts(parts: Any, q: Array, effort: Effort, meta: tuple) -> SearchResult:
+    mesh, axis, queries_axis, metric, kept = meta
 
-    count = mesh.shape[axis]
-
-    def device(parts: Any, projection: Any, q: Array) -> tuple[Array, Array]:
+    def device(parts: Any, projection: Any, q: Array) -> SearchResult:
         packed, rows, scale = jax.tree.map(lambda a: a[0], parts)
-        b = q.shape[0]
-        local = Index(Tree(packed, projection), None, None, None, metric, each, q.shape[1], leaves)
-
-        def estimated(width: int) -> tuple[Array, Array]:
-            return search(local, q, k=width, rescore=0, implementation=implementation)
-
-        def rescored(width: int) -> tuple[Array, Array, Array]:
-            """The k best of this device among the R candidates, and whether there may be others."""
-            scores, numbers = estimated(width)
-            everywhere = _my_queries(scores, axis, count)
-            _, place = jax.lax.top_k(everywhere, rescore)
-            stays = jnp.zeros(everywhere.shape, bool)
-            stays = jax.vmap(lambda s, a: s.at[a].set(True))(stays, place)
-            stays = stays & (everywhere > -jnp.inf)
-            more = jnp.any(stays.reshape(-1, count, width)[:, :, -1])
-            chosen = jnp.where(_my_rows(stays, axis, count)[:b], numbers, -1)
-            found = _rescored(q, rows, scale, chosen, k, metric, exact_by)
-            return *found, jax.lax.pmax(more.astype(jnp.int32), axis)
-
-        if rescore:
-            width = _share(rescore, k, count)
-            scores, numbers, more = rescored(width)
-            if width < rescore:
-                scores, numbers = jax.lax.cond(
-                    more > 0, lambda: rescored(rescore)[:2], lambda: (scores, numbers)
-                )
-        else:
-            scores, numbers = estimated(k)
-        numbers = jnp.where(numbers >= 0, numbers * count + jax.lax.axis_index(axis), -1)
-        found = (-_my_queries(scores, axis, count), _my_queries(numbers, axis, count))
-        # Equal scores in the order of the rows.
-        less, ids = (a[:, :k] for a in jax.lax.sort(found, num_keys=2))
-        return tuple(jax.lax.all_gather(a, axis, tiled=True)[:b] for a in (-less, ids))
+        part = Part(packed, rows, scale, metric, axis, mesh.shape[axis], kept)
+        return part.search(q, projection, effort)
 
     whole, shared = PartitionSpec(axis), PartitionSpec(queries_axis)
     # Every device gathers the same values, which the type system cannot see.
@@ -272,56 +259,3 @@ def _search_parts(parts: Any, q: Array, effort: tuple, meta: tuple) -> tuple[Arr
         device, mesh=mesh, in_specs=(whole, everywhere, shared), out_specs=shared, check_vma=False
     )
     return run(parts[:3], parts[3], q)
-
-
-def _share(rescore: int, k: int, count: int) -> int:
-    """Candidates of a device that hold its part of R in all but rare cases.
-
-    Of R rows dealt out at random a device has R / count in the mean, with a variance below that.
-
-    >>> [_share(100, 10, count) for count in (1, 2, 8)]
-    [100, 87, 35]
-    """
-    if count == 1:
-        return rescore
-    mean = rescore / count
-    return min(rescore, max(k, math.ceil(mean + 4 * math.sqrt(mean) + 8)))
-
-
-def _my_queries(a: Array, axis: str, count: int) -> Array:
-    """``[b, r]`` of each device to what all have for its part of the queries, ``[b', count r]``."""
-    b, r = a.shape
-    nothing = -jnp.inf if jnp.issubdtype(a.dtype, jnp.floating) else -1
-    a = jnp.pad(a, ((0, -b % count), (0, 0)), constant_values=nothing).reshape(count, -1, r)
-    return jax.lax.all_to_all(a, axis, 0, 0).transpose(1, 0, 2).reshape(-1, count * r)
-
-
-def _my_rows(a: Array, axis: str, count: int) -> Array:
-    """Undo :func:`_my_queries`, but for the padding."""
-    parts = a.reshape(a.shape[0], count, -1).transpose(1, 0, 2)
-    parts = jax.lax.all_to_all(parts, axis, 0, 0)
-    return parts.reshape(-1, parts.shape[2])
-
-
-def _rescored(
-    q: Array, rows: Array, scale: Any, chosen: Array, k: int, metric: str, implementation: Any
-) -> tuple[Array, Array]:
-    """The k best of the chosen rows by exact score, of a device; -1 are skipped."""
-    if metric == "l2":
-
-        def one(args: Any) -> Any:
-            q, chosen = args
-            exact = row_scores(rows, scale, q, jnp.maximum(chosen, 0), euclidean=True)
-            return best_rows(jnp.where(chosen >= 0, exact, -jnp.inf), chosen, k)
-
-        return jax.lax.map(one, (q, chosen))
-    q = jnp.where(jnp.all(jnp.isfinite(q), axis=1, keepdims=True), q, 0)
-    if metric == "cosine":
-        return rescore_top_k(unit(q), rows, chosen, k, scale=scale, implementation=implementation)
-    # A power of two, taken out and put back exactly, keeps products inside float32.
-    factor = power_of_two(jnp.max(jnp.abs(q), axis=1, keepdims=True))
-    scores, ids = rescore_top_k(
-        q / factor, rows, chosen, k, scale=scale, implementation=implementation
-    )
-    largest = jnp.finfo(jnp.float32).max
-    return jnp.where(ids >= 0, jnp.clip(scores * factor, -largest, largest), -jnp.inf), ids

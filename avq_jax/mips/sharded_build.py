@@ -119,6 +119,7 @@ def build_sharded(
     num_leaves: int | None = None,
     num_subspaces: int | None = None,
     num_codewords: int = 16,
+    codec: Literal["product", "additive"] = "product",
     scale: Literal[4, 8] | None = None,
     weight: Weight | None = None,
     ids: Any = None,
@@ -149,6 +150,7 @@ def build_sharded(
       num_leaves: as of :func:`avq_jax.build`; ``None`` takes sqrt(n).
       num_subspaces: as of :func:`avq_jax.build`.
       num_codewords: as of :func:`avq_jax.build`.
+      codec: as of :func:`avq_jax.build`; additive codebooks are learned by every process alike.
       scale: as of :func:`avq_jax.build`.
       weight: as of :func:`avq_jax.build`.
       ids: as of :func:`avq_jax.build`.
@@ -198,6 +200,7 @@ def build_sharded(
         num_groups=num_groups,
         scanned_dim=scanned_dim,
         projection=projection,
+        codec=codec,
         scale=scale,
     )
     if options is None:

@@ -50,7 +50,7 @@ from avq_jax.mips.row_source import (
 )
 from avq_jax.mips.safe_files import Spec
 from avq_jax.progress import steps
-from avq_jax.quantization import Codebook, Scaled
+from avq_jax.quantization import AdditiveCodebook, Codebook, Scaled
 
 __all__ = ["build_to_disk"]
 
@@ -66,6 +66,7 @@ def build_to_disk(
     num_leaves: int | None = None,
     num_subspaces: int | None = None,
     num_codewords: int = 16,
+    codec: Literal["product", "additive"] = "product",
     scale: Literal[4, 8] | None = None,
     weight: Weight | None = None,
     ids: Any = None,
@@ -104,6 +105,7 @@ def build_to_disk(
       num_leaves: L; ``None`` takes sqrt(n).
       num_subspaces: as of :func:`avq_jax.build`.
       num_codewords: as of :func:`avq_jax.build`.
+      codec: as of :func:`avq_jax.build`.
       scale: as of :func:`avq_jax.build`.
       weight: as of :func:`avq_jax.build`.
       ids: as of :func:`avq_jax.build`.
@@ -151,6 +153,7 @@ def build_to_disk(
         num_groups=num_groups,
         scanned_dim=scanned_dim,
         projection=projection,
+        codec=codec,
         scale=scale,
     )
     if options is None:
@@ -187,6 +190,7 @@ def build_to_disk(
             "projection": learned.projection,
             "codewords": learned.codewords,
             "levels": learned.levels,
+            "kicks": learned.kicks,
         }
         whole = {name: array for name, array in whole.items() if array.size}
         if tree.leaf_offset is not None:
@@ -251,14 +255,18 @@ def _learn(
     axes = np.zeros((0, 0), np.float32) if tree.projection is None else tree.projection
     words = tree.codebook.codewords
     levels = np.zeros(0, np.float32) if packed.gains is None else packed.gains.levels
-    found = (packed.centroids, packed.ranking, words, groups, starts, axes, levels)
+    kicks = np.zeros((0, 0, 2), np.int32) if tree.kicks is None else tree.kicks
+    found = (packed.centroids, packed.ranking, words, groups, starts, axes, levels, kicks)
     return Learned(*map(np.asarray, found))
 
 
 def _empty_tree(learned: Learned, metric: str) -> Tree:
     """The tree of no rows."""
-    m, _, _ = learned.codewords.shape
-    book = Codebook(jnp.asarray(learned.codewords), learned.centroids.shape[1])
+    words = jnp.asarray(learned.codewords)
+    m, width = words.shape[0], learned.centroids.shape[1]
+    book: Codebook | AdditiveCodebook = Codebook(words, width)
+    if m > 1 and words.shape[2] == width:
+        book = AdditiveCodebook(words, jnp.asarray(learned.kicks) if learned.kicks.size else None)
     return pack_tree(
         jnp.asarray(learned.centroids),
         np.zeros(0, np.int32),

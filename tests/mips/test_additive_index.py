@@ -104,6 +104,25 @@ def test_gradients_reach_words_and_queries(index, data):
     assert np.isfinite(by_query).all()
 
 
+@pytest.mark.full
+def test_built_otherwise(index, data, tmp_path):
+    """On disk and over a mesh, up to the order of float sums."""
+    options = {"metric": index.metric, "codec": "additive", **OPTIONS}
+    key = jax.random.key(0)
+    avq_jax.build_to_disk(key, data[0], tmp_path / "a", chunk_rows=70, **options)
+    mesh = jax.make_mesh((4,), ("shards",))
+    many = avq_jax.build_sharded(key, data[0], mesh=mesh, axis="shards", **options)
+    for other, share in ((avq_jax.load(tmp_path / "a"), 0.99), (many, 0.95)):
+        assert str(other) == str(index)
+        assert isinstance(other.tree.codebook, AdditiveCodebook)
+        np.testing.assert_array_equal(other.tree.kicks, index.tree.kicks)
+        np.testing.assert_allclose(
+            other.tree.codebook.codewords, index.tree.codebook.codewords, rtol=1e-2, atol=1e-2
+        )
+        a, b = coded_rows(other.tree, N), coded_rows(index.tree, N)
+        assert (a.codes == b.codes).mean() > share
+
+
 def test_kicks_out_of_range_are_refused(index, tmp_path):
     book = index.tree.codebook
     broken = index.tree._replace(kicks=book.kicks.at[0, 0, 1].set(4))

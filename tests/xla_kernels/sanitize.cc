@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "additive.h"
+#include "candidates.h"
 #include "dot.h"
 #include "encode.h"
 #include "top_k.h"
@@ -281,6 +282,90 @@ void check_additive(Pool& pool) {
 }
 
 // Every leaf probed and every slot rescored is exact search, whatever the codes say.
+// The search in parts: leaves ranked, then scanned; candidates of odd and even leaves joined.
+void check_parts(TreeSearchArguments a, Pool& pool) {
+  const int64_t b = a.num_queries, probed = a.leaves_to_search, k = a.k;
+  std::vector<int32_t> leaves(static_cast<size_t>(b * probed));
+  rank_leaves(a, leaves.data(), pool);
+  for (const int32_t l : leaves) {
+    if (l < -1 || l >= a.num_leaves) fail("parts: a leaf out of range");
+  }
+  a.rescore = 0;
+  a.store = StoreType::kNone;
+  a.deviations = std::numeric_limits<float>::infinity();
+  a.row_queries = a.queries;
+  a.row_dim = a.dim;
+  a.num_rows = INT32_MAX;
+  std::vector<float> scores(static_cast<size_t>(b * k)), again = scores;
+  std::vector<int32_t> ids(static_cast<size_t>(b * k)), same = ids;
+  a.scores = scores.data();
+  a.ids = ids.data();
+  tree_search(a, pool);
+  a.chosen = leaves.data();
+  a.scores = again.data();
+  a.ids = same.data();
+  tree_search(a, pool);
+  if (scores != again || ids != same) fail("parts: another search");
+
+  a.candidates = true;
+  a.retrieve = 1 + up_to(40);
+  const int64_t width = a.retrieve + up_to(20);
+  auto candidates = [&](std::vector<float>& scores, std::vector<int32_t>& rows) {
+    scores.assign(static_cast<size_t>(b * a.k), 0);
+    rows.assign(static_cast<size_t>(b * a.k), 0);
+    a.scores = scores.data();
+    a.ids = rows.data();
+    tree_search(a, pool);
+  };
+  std::vector<float> whole, part, joined(static_cast<size_t>(2 * b * width)), floor;
+  std::vector<int32_t> rows, part_rows, joined_rows(joined.size()), none, some;
+  a.k = width;
+  candidates(whole, rows);
+  a.k = 1;
+  a.last = true;
+  candidates(floor, none);
+  a.last = false;
+  a.k = width;
+  if (up_to(1) == 0) a.floor = floor.data();
+  for (int32_t half = 0; half < 2; ++half) {
+    some = leaves;
+    for (int32_t& l : some) l = l % 2 == half ? l : -1;
+    a.chosen = some.data();
+    candidates(part, part_rows);
+    for (int64_t q = 0; q < b; ++q) {
+      const auto to = (2 * q + half) * width;
+      std::copy_n(part.begin() + q * width, width, joined.begin() + to);
+      std::copy_n(part_rows.begin() + q * width, width, joined_rows.begin() + to);
+    }
+  }
+  CandidateArguments c;
+  c.scores = joined.data();
+  c.rows = joined_rows.data();
+  c.num_queries = b;
+  c.size = 2 * width;
+  c.retrieve = a.retrieve;
+  c.keep = up_to(1) == 0 ? a.retrieve : 1 + up_to(10);
+  c.width = c.keep < c.retrieve ? c.keep : width;
+  std::vector<int32_t> places(static_cast<size_t>(b * c.width));
+  c.places = places.data();
+  best_places(c, pool);
+  // Of other codes a query that holds too many within the rounding of its table compares them exactly,
+  // and a part of the leaves holds fewer.
+  const bool alike = a.num_codewords == 16 || a.codes.num_rows <= 128;
+  for (int64_t q = 0; q < b && c.keep >= c.retrieve && alike; ++q) {
+    std::vector<float> one(whole.begin() + q * width, whole.begin() + (q + 1) * width), two;
+    for (int64_t i = 0; i < c.width; ++i) {
+      const int32_t at = places[static_cast<size_t>(q * c.width + i)];
+      if (at < -1 || at >= c.size) fail("parts: a place out of range");
+      two.push_back(at < 0 ? -std::numeric_limits<float>::infinity()
+                           : joined[static_cast<size_t>(2 * q * width + at)]);
+    }
+    std::sort(one.begin(), one.end());
+    std::sort(two.begin(), two.end());
+    if (one != two) fail("parts: other candidates");
+  }
+}
+
 void check_tree_search(Pool& pool) {
   const int64_t dim = 1 + up_to(40), leaves = 1 + up_to(20), n = up_to(600), b = up_to(20);
   const int64_t m = 1 + up_to(dim - 1), k = 1 + up_to(12);
@@ -383,6 +468,7 @@ void check_tree_search(Pool& pool) {
   a.store = a.rescore > 0 ? StoreType::kFloat32 : StoreType::kNone;
   if (a.rescore == 0) a.num_rows = INT32_MAX;
   tree_search(a, pool);
+  check_parts(a, pool);
   for (int64_t q = 0; q < b && a.rescore == 0; ++q) {
     for (int64_t j = 0; j < k; ++j) {
       const auto at = static_cast<size_t>(q * k + j);

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xla_kernels import dot_top_k, pack_rows, rescore_top_k
+from xla_kernels import dot_top_k, library, pack_rows, rescore_top_k
 from xla_kernels.rescore.layout import unpack_rows
 
 RNG = np.random.default_rng(0)
@@ -73,6 +73,31 @@ class Suite:
         want = best(scores.astype(np.float32), 45, offered)
         np.testing.assert_array_equal(got[1], want[1])
         np.testing.assert_array_equal(got[0], want[0])
+
+    def test_distances(self):
+        rows = jnp.asarray(RNG.integers(-9, 9, (50, 37)), jnp.float32)
+        queries = jnp.asarray(RNG.integers(-5, 5, (4, 37)), jnp.float32)
+        candidates = jnp.asarray(
+            RNG.permuted(np.tile(np.arange(50, dtype=np.int32), (4, 1)), axis=1)
+        )
+
+        def found(queries, rows):
+            return rescore_top_k(
+                queries, rows, candidates, 50, euclidean=True, implementation=self.implementation
+            )
+
+        def wanted(queries, rows):
+            return -jnp.sum((queries[:, None, :] - rows[None]) ** 2, axis=2)
+
+        scores, ids = found(queries, rows)
+        want = best(np.asarray(wanted(queries, rows)), 50, np.ones((4, 50), bool))
+        np.testing.assert_array_equal(ids, want[1])
+        np.testing.assert_array_equal(scores, want[0])
+        one, two = (
+            jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 2), argnums=(0, 1))(queries, rows)
+            for f in (lambda *a: found(*a)[0], wanted)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), one, two)
 
     @pytest.mark.parametrize("shape", [(0, 3, 2, 4), (5, 3, 0, 4), (5, 0, 2, 3), (5, 3, 2, 0)])
     def test_rescore_empty(self, shape):
@@ -162,5 +187,8 @@ def test_bad_arguments_are_named():
         rescore_top_k(queries, rows, ids[:1], 1)
     with pytest.raises(ValueError, match="candidates must be"):
         rescore_top_k(queries, rows, ids.astype(np.uint8), 1)
+    if library.load().handle is not None:
+        with pytest.raises(ValueError, match="need float32 rows"):
+            rescore_top_k(queries, rows, ids, 1, euclidean=True, implementation="cpu")
     with pytest.raises(ValueError, match="rows must be float32"):
         rescore_top_k(queries, rows.astype(np.int32), ids, 1)

@@ -7,6 +7,7 @@
 
 #include "collector.h"
 #include "top_k.h"
+#include "tree_search.h"
 
 namespace xla_kernels {
 namespace {
@@ -128,40 +129,83 @@ void dot_top_k(const DotArguments& a, Pool& pool) {
   }
 }
 
+namespace {
+
+// write_best() of keys of which some stand twice, as rows do that are named twice.
+void write_best_once(std::vector<uint64_t>& keys, int64_t k, float* scores, int32_t* ids) {
+  constexpr int64_t kInserted = 32;
+  if (k > kInserted) {
+    std::sort(keys.begin(), keys.end());
+    keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
+    return write_best(keys.data(), static_cast<int64_t>(keys.size()), k, scores, ids);
+  }
+  uint64_t best[kInserted];
+  int64_t size = 0;
+  for (const uint64_t key : keys) {
+    if (size == k && key >= best[k - 1]) continue;
+    int64_t at = size;
+    while (at > 0 && best[at - 1] > key) --at;
+    if (at > 0 && best[at - 1] == key) continue;
+    size = std::min(size + 1, k);
+    for (int64_t i = size - 1; i > at; --i) best[i] = best[i - 1];
+    best[at] = key;
+  }
+  write_best(best, size, k, scores, ids);
+}
+
+}  // namespace
+
 void rescore_top_k(const RescoreArguments& a, Pool& pool) {
   RowDot dot = row_dot_portable();
   const char* level = kernels()->name;
   if (std::strcmp(level, "avx2") == 0 && row_dot_avx2() != nullptr) dot = row_dot_avx2();
   if (std::strncmp(level, "avx512", 6) == 0 && row_dot_avx512() != nullptr) dot = row_dot_avx512();
+  const auto distance = tree_kernels().distance;
   const int64_t item = a.type == RowType::kFloat32 ? 4 : a.type == RowType::kBfloat16 ? 2 : 1;
   const auto* rows = static_cast<const uint8_t*>(a.rows);
   const int64_t threads =
       a.num_queries * a.num_candidates * a.width > (1 << 20) ? usable_threads(pool) : 1;
-  parallel_for(pool, threads, a.num_queries, [&](int64_t q) {
-    const int32_t* from = a.candidates + q * a.num_candidates;
-    std::vector<int32_t> wanted;
-    wanted.reserve(static_cast<size_t>(a.num_candidates));
-    for (int64_t i = 0; i < a.num_candidates; ++i) {
-      if (from[i] >= 0 && from[i] < a.num_rows) wanted.push_back(from[i]);
-    }
-    std::sort(wanted.begin(), wanted.end());
-    wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
-    std::vector<uint64_t> keys;
-    keys.reserve(wanted.size());
-    constexpr size_t kAhead = 4;
-    for (size_t i = 0; i < wanted.size(); ++i) {
-      if (i + kAhead < wanted.size()) {
-        const uint8_t* next = rows + wanted[i + kAhead] * a.width * item;
-        for (int64_t byte = 0; byte < a.width * item; byte += 64) __builtin_prefetch(next + byte);
+  const int64_t bytes = a.width * item;
+  const auto prefetch = [&](int32_t row) {
+    const uint8_t* at = rows + row * bytes;
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte);
+  };
+  constexpr int64_t kTogether = 16;
+  constexpr size_t kAhead = 12;
+  const int64_t tasks = (a.num_queries + kTogether - 1) / kTogether;
+  parallel_for(pool, threads, tasks, [&](int64_t task) {
+    thread_local std::vector<int32_t> wanted;
+    thread_local std::vector<uint64_t> keys;
+    const int64_t first = task * kTogether, last = std::min(first + kTogether, a.num_queries);
+    wanted.resize(static_cast<size_t>((last - first) * a.num_candidates + 1));
+    size_t ends[kTogether];
+    size_t size = 0;
+    for (int64_t q = first; q < last; ++q) {
+      const int32_t* from = a.candidates + q * a.num_candidates;
+      for (int64_t i = 0; i < a.num_candidates; ++i) {
+        wanted[size] = from[i];
+        size += from[i] >= 0 && from[i] < a.num_rows;
       }
-      const int64_t row = wanted[i];
-      float score = dot(a.queries + q * a.width, rows + row * a.width * item, a.type, a.width);
-      if (a.scale != nullptr) score *= a.scale[row];
-      score += 0.0f;
-      if (score > kMinusInfinity) keys.push_back(best_key(score, wanted[i]));
+      ends[q - first] = size;
     }
-    write_best(keys.data(), static_cast<int64_t>(keys.size()), a.k, a.scores + q * a.k,
-               a.ids + q * a.k);
+    // The rows of the next query are on their way while those of this one are scored.
+    for (size_t i = 0; i < std::min(kAhead, size); ++i) prefetch(wanted[i]);
+    size_t at = 0;
+    for (int64_t q = first; q < last; ++q) {
+      keys.clear();
+      for (; at < ends[q - first]; ++at) {
+        if (at + kAhead < size) prefetch(wanted[at + kAhead]);
+        const int32_t row = wanted[at];
+        const float* query = a.queries + q * a.width;
+        const uint8_t* x = rows + row * bytes;
+        float score = a.euclidean ? -distance(query, reinterpret_cast<const float*>(x), a.width)
+                                  : dot(query, x, a.type, a.width);
+        if (a.scale != nullptr) score *= a.scale[row];
+        score += 0.0f;
+        if (score > kMinusInfinity) keys.push_back(best_key(score, row));
+      }
+      write_best_once(keys, a.k, a.scores + q * a.k, a.ids + q * a.k);
+    }
   });
 }
 

@@ -53,6 +53,7 @@ struct RescoreArguments {
   const float* scale = nullptr;        // [num_rows] or null
   const int32_t* candidates = nullptr; // [num_queries, num_candidates], rows out of range are skipped
   int64_t num_candidates = 0;
+  bool euclidean = false;              // scores are -||q - x||^2; float rows only
   int64_t k = 0;
   float* scores = nullptr;
   int32_t* ids = nullptr;

@@ -50,7 +50,7 @@ ffi::Error DotTopK(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> queries, ffi::B
 ffi::Error RescoreTopK(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries, ffi::AnyBuffer rows,
                        ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> candidates,
                        ffi::Result<ffi::Buffer<ffi::F32>> scores,
-                       ffi::Result<ffi::Buffer<ffi::S32>> ids) {
+                       ffi::Result<ffi::Buffer<ffi::S32>> ids, bool euclidean) {
   RescoreArguments a;
   const auto shape = queries.dimensions();
   const auto stored = rows.dimensions();
@@ -87,6 +87,9 @@ ffi::Error RescoreTopK(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries, f
   a.scale = optional_row(scale);
   a.candidates = candidates.typed_data();
   a.num_candidates = wanted[1];
+  XLA_KERNELS_REQUIRE(!euclidean || a.type == RowType::kFloat32,
+                      "Euclidean rescoring needs float32 rows");
+  a.euclidean = euclidean;
   a.k = out[1];
   a.scores = scores->typed_data();
   a.ids = ids->typed_data();
@@ -122,6 +125,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_kernels_rescore_top_k, RescoreTopK,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::S32>>());
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Attr<bool>("euclidean"));
 
 #pragma GCC visibility pop

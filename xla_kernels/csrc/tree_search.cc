@@ -34,14 +34,6 @@ constexpr int64_t kRetained = int64_t{1} << 18;
 // Results up to which candidates are inserted one by one.
 constexpr int64_t kInserted = 32;
 
-const TreeKernels& tree_kernels() {
-  const char* level = kernels()->name;
-  const TreeKernels* found = nullptr;
-  if (std::strncmp(level, "avx512", 6) == 0) found = tree_avx512();
-  if (found == nullptr && std::strncmp(level, "avx", 3) == 0) found = tree_avx2();
-  return found != nullptr ? *found : *tree_portable();
-}
-
 template <typename T>
 class Aligned {
  public:
@@ -89,6 +81,7 @@ struct SlotScorer final : ExactScorer {
 // One query between the ranking of its leaves and its results.
 struct Search {
   std::vector<Leaf> leaves;  // best first
+  size_t first = 0;          // as many of them are scanned before the others
   Collector collector;
   ScanQuery query;
   TableBounds bounds;
@@ -138,10 +131,24 @@ class Worker {
         terms_{nullptr, a.slot_offset, a.slot_level, a.levels, static_cast<int32_t>(a.num_levels)},
         first_(adaptive_ ? kSure : kFirst),
         // Without rescoring the byte tables choose a few more than k for the float tables to rank.
-        kept_(std::min(a.rescore > 0 ? std::max(a.retrieve, a.rescore) : 2 * a.k + 32,
+        kept_(std::min(a.candidates    ? a.retrieve
+                       : a.rescore > 0 ? std::max(a.retrieve, a.rescore)
+                                       : 2 * a.k + 32,
                        a.codes.num_rows)) {}
 
   int64_t kept() const { return kept_; }
+
+  // Only ranks, into [num_queries, leaves_to_search].
+  void rank_only(int64_t first, int64_t count, int32_t* leaves) {
+    ranked_ = leaves;
+    if (scratch_.searches.size() < kTogether) scratch_.searches.resize(kTogether);
+    for (int64_t i = 0; i < count; i += kTogether) {
+      const int64_t some = std::min(kTogether, count - i);
+      const int64_t at = (first + i) * a_.leaves_to_search;
+      std::fill(leaves + at, leaves + at + some * a_.leaves_to_search, -1);
+      rank(first + i, scratch_.searches.data(), some);
+    }
+  }
 
   void run(int64_t first, int64_t count) {
     if (static_cast<int64_t>(scratch_.searches.size()) < count) scratch_.searches.resize(static_cast<size_t>(count));
@@ -166,6 +173,8 @@ class Worker {
 
  private:
   void prepare(int64_t q, Search& search, float* table, uint8_t* expanded) {
+    // Without a leaf there is nothing to find.
+    search.finite = search.finite && !search.leaves.empty();
     if (!search.finite) return;
     const float* query = a_.queries + q * a_.dim;
     build(query, table, expanded, search);
@@ -177,6 +186,7 @@ class Worker {
                            terms_.affine(), 0, search.bounds.base, search.bounds.delta,
                            &search.scorer, scan_.count);
     search.collector.ascending = false;
+    if (a_.floor != nullptr) raise(a_.floor[q], search);
     search.query.table = expanded;
     search.query.collector = &search.collector;
     search.query.valid = a_.usable + (a_.usable_queries == 1 ? 0 : q * a_.codes.num_rows);
@@ -190,6 +200,18 @@ class Worker {
     search.query.error = 0;
   }
 
+  // Estimates below the floor do not matter from the start.
+  static void raise(float floor, Search& search) {
+    if (!(floor > kMinusInfinity)) return;
+    if (search.collector.affine) {
+      search.collector.float_threshold = floor;
+      return;
+    }
+    // One step more for the rounding of an estimate, and one as the threshold itself does not pass.
+    const double key = (static_cast<double>(floor) - search.bounds.base) / search.bounds.delta - 2;
+    if (key > -2e9) search.collector.threshold = static_cast<int32_t>(std::min(key, 2e9));
+  }
+
   // The leaves of largest <q, ranking vector> (+ offset), from products in 16-bit integers: vectors and
   // queries are scaled so that their norms are near 32000, an error of 1e-4 of the norms.
   void rank(int64_t first, Search* searches, int64_t count) {
@@ -200,6 +222,12 @@ class Worker {
       const float* query = a_.queries + (first + i) * a_.dim;
       int16_t* out = rounded + i * 2 * pairs_;
       float peak = 0, poison = 0;
+      if (a_.chosen != nullptr) {
+        take_leaves(first + i, searches[i]);
+        if (!searches[i].leaves.empty()) tree_.measure(query, a_.dim, &peak, &poison);
+        searches[i].finite = poison == 0.0f && peak < 1e18f;
+        continue;
+      }
       tree_.measure(query, a_.dim, &peak, &poison);
       searches[i].finite = poison == 0.0f && peak < 1e18f;
       if (a_.rescore > 0 && a_.row_queries != a_.queries) {
@@ -218,6 +246,7 @@ class Worker {
       tree_.round_query(query, a_.dim, ups[i], out);
       if (a_.dim & 1) out[a_.dim] = 0;
     }
+    if (a_.chosen != nullptr) return;
     if (a_.num_groups > 0) {
       rank_groups(first, searches, count, rounded, ups);
       return;
@@ -227,7 +256,21 @@ class Worker {
       if (!searches[i].finite) continue;
       int32_t* keys = products + i * tiles_ * 16;
       add_offset(keys, a_.num_leaves, unit_of(ups[i], a_.centroid_scale), a_.leaf_offset, nullptr);
-      choose_leaves(a_.queries + (first + i) * a_.dim, keys, nullptr, a_.num_leaves, searches[i]);
+      choose_leaves(first + i, keys, nullptr, a_.num_leaves, searches[i]);
+    }
+  }
+
+  // The chosen leaves of a query, those that have slots.
+  void take_leaves(int64_t q, Search& search) {
+    const int32_t* chosen = a_.chosen + q * a_.leaves_to_search;
+    search.leaves.clear();
+    search.first = 0;
+    for (int64_t i = 0; i < a_.leaves_to_search; ++i) {
+      const int32_t l = chosen[i];
+      if (l < 0 || l >= a_.num_leaves || a_.starts[l] == a_.starts[l + 1]) continue;
+      search.leaves.push_back({l, tree_.dot(a_.queries + q * a_.dim, a_.centroids + l * a_.dim, a_.dim)});
+      // With a floor no threshold has to rise first.
+      search.first += i < first_ && a_.floor == nullptr;
     }
   }
 
@@ -265,7 +308,7 @@ class Worker {
       const auto found = static_cast<int64_t>(scratch_.numbers.size());
       const int32_t* numbers = scratch_.numbers.data();
       add_offset(leaf_keys, found, unit_of(ups[i], a_.centroid_scale), a_.leaf_offset, numbers);
-      choose_leaves(a_.queries + (first + i) * a_.dim, leaf_keys, numbers, found, searches[i]);
+      choose_leaves(first + i, leaf_keys, numbers, found, searches[i]);
     }
   }
 
@@ -282,8 +325,9 @@ class Worker {
   }
 
   // The best of some leaves, which are those of `numbers`, or all where that is null.
-  void choose_leaves(const float* query, const int32_t* keys, const int32_t* numbers, int64_t count,
+  void choose_leaves(int64_t q, const int32_t* keys, const int32_t* numbers, int64_t count,
                      Search& search) {
+    const float* query = a_.queries + q * a_.dim;
     const int64_t wanted = std::min(a_.leaves_to_search, count);
     const int32_t bar = wanted < count
                             ? kth_largest(keys, count, wanted, 8 + wanted / 2, scan_.count)
@@ -298,11 +342,17 @@ class Worker {
     scratch_.best.resize(found);
     std::sort(scratch_.best.begin(), scratch_.best.end());
     scratch_.best.resize(static_cast<size_t>(wanted));
+    if (ranked_ != nullptr) {
+      int32_t* out = ranked_ + q * a_.leaves_to_search;
+      for (const uint64_t key : scratch_.best) *out++ = static_cast<int32_t>(key & 0xffffffffu);
+      return;
+    }
     search.leaves.clear();
     for (const uint64_t key : scratch_.best) {
       const auto l = static_cast<int32_t>(key & 0xffffffffu);
       search.leaves.push_back({l, tree_.dot(query, a_.centroids + l * a_.dim, a_.dim)});
     }
+    search.first = std::min(static_cast<size_t>(first_), search.leaves.size());
     const uint8_t* soon = a_.codes.block(a_.starts[search.leaves[0].number]);
     for (int64_t i = 0; i < kFirstBytes; i += 64) __builtin_prefetch(soon + i);
   }
@@ -373,9 +423,8 @@ class Worker {
   }
 
   size_t scan_first(Search& search) {
-    const size_t count = std::min(static_cast<size_t>(first_), search.leaves.size());
-    scan_some(search, 0, count);
-    return count;
+    scan_some(search, 0, search.first);
+    return search.first;
   }
 
   // Drops the leaves after the first whose estimates are unlikely to reach those held so far. A row
@@ -384,11 +433,10 @@ class Worker {
   // (||q||^2 - ||q - c - r||^2) / 2, r is weighed by q - c and lowers the mean by ||r||^2 / 2.
   void pass_over(Search& search) const {
     const Collector& c = search.collector;
-    if (c.size < kept_ || search.leaves.size() <= static_cast<size_t>(first_)) return;
+    if (c.size < kept_ || search.leaves.size() <= search.first) return;
     const int32_t bar = kth_largest(c.low, c.size, kept_, 0, scan_.count);
-    const float least = c.affine ? from_ordered(bar)
-                                 : search.bounds.base + search.bounds.delta * static_cast<float>(bar);
-    size_t kept = static_cast<size_t>(first_);
+    const float least = estimate(search, bar);
+    size_t kept = search.first;
     for (size_t i = kept; i < search.leaves.size(); ++i) {
       const Leaf& leaf = search.leaves[i];
       const float spread = a_.spread[leaf.number];
@@ -406,21 +454,20 @@ class Worker {
 
   // Every leaf once, for all queries of the tile that probe it.
   void scan_by_leaf(int64_t count) {
-    const auto after = static_cast<size_t>(first_);
     scratch_.begins.assign(static_cast<size_t>(a_.num_leaves) + 1, 0);
     for (int64_t i = 0; i < count; ++i) {
       Search& search = scratch_.searches[static_cast<size_t>(i)];
       if (!search.finite) continue;
       scan_first(search);
       if (adaptive_) pass_over(search);
-      for (size_t j = after; j < search.leaves.size(); ++j) ++scratch_.begins[static_cast<size_t>(search.leaves[j].number) + 1];
+      for (size_t j = search.first; j < search.leaves.size(); ++j) ++scratch_.begins[static_cast<size_t>(search.leaves[j].number) + 1];
     }
     for (size_t l = 0; l < static_cast<size_t>(a_.num_leaves); ++l) scratch_.begins[l + 1] += scratch_.begins[l];
     scratch_.visits.resize(static_cast<size_t>(scratch_.begins.back()));
     for (int64_t i = 0; i < count; ++i) {
       const Search& search = scratch_.searches[static_cast<size_t>(i)];
       if (!search.finite) continue;
-      for (size_t j = after; j < search.leaves.size(); ++j) {
+      for (size_t j = search.first; j < search.leaves.size(); ++j) {
         const Leaf& leaf = search.leaves[j];
         scratch_.visits[static_cast<size_t>(scratch_.begins[static_cast<size_t>(leaf.number)]++)] = {
             static_cast<int32_t>(i), leaf.score};
@@ -444,6 +491,10 @@ class Worker {
 
   // Exact scores of the candidates of some queries, and their results.
   void finish(int64_t first, const Search* searches, int64_t count) {
+    if (a_.candidates) {
+      for (int64_t i = 0; i < count; ++i) write_candidates(first + i, searches[i]);
+      return;
+    }
     scratch_.slots.clear();
     size_t ends[kTogether];
     for (int64_t i = 0; i < count; ++i) {
@@ -497,6 +548,36 @@ class Worker {
       end = spilled_ ? begin + distinct(scratch_.slots.data() + begin, kept - begin) : kept;
     }
     scratch_.slots.resize(end);
+  }
+
+  void write_candidates(int64_t q, const Search& search) {
+    float* scores = a_.scores + q * a_.k;
+    int32_t* rows = a_.ids + q * a_.k;
+    const Collector& c = search.collector;
+    const int64_t size = search.finite && (!a_.last || c.size >= kept_) ? c.size : 0;
+    const int32_t bar = size > kept_ || (a_.last && size > 0)
+                            ? kth_largest(c.low, size, kept_, 0, scan_.count)
+                            : INT32_MIN;
+    int64_t written = 0;
+    if (a_.last) {
+      if (size > 0) scores[written++] = estimate(search, bar);
+    } else {
+      for (int64_t i = 0; i < size && written < a_.k; ++i) {
+        const int32_t row = a_.slot_rows[c.rows[i]];
+        scores[written] = estimate(search, c.low[i]);
+        rows[written] = row;
+        written += c.low[i] >= bar && row >= 0;
+      }
+    }
+    std::fill(scores + written, scores + a_.k, kMinusInfinity);
+    std::fill(rows + written, rows + a_.k, -1);
+  }
+
+  // What a key of the collector stands for; equal keys of a query are equal estimates everywhere.
+  static float estimate(const Search& search, int32_t key) {
+    return search.collector.affine
+               ? from_ordered(key)
+               : search.bounds.base + search.bounds.delta * static_cast<float>(key);
   }
 
   // The best `rescore` of the rows, each once, by the better estimate of its copies.
@@ -617,11 +698,12 @@ class Worker {
   bool spilled_, adaptive_;
   RowTerms terms_;
   int64_t first_, kept_;
+  int32_t* ranked_ = nullptr;
 };
 
-}  // namespace
-
-void tree_search(const TreeSearchArguments& a, Pool& pool) {
+// Calls run(worker, first, count) for tiles of the queries.
+template <typename Run>
+void in_tiles(const TreeSearchArguments& a, Pool& pool, Run run) {
   const int64_t threads = a.num_queries > 1 ? usable_threads(pool) : 1;
   const int64_t share = (a.num_queries + threads - 1) / std::max<int64_t>(threads, 1);
   const int64_t tile = std::max<int64_t>(1, std::min(kTile, share));
@@ -629,8 +711,28 @@ void tree_search(const TreeSearchArguments& a, Pool& pool) {
   parallel_for(pool, threads, tiles, [&](int64_t t) {
     thread_local Scratch scratch;
     Worker worker(a, scratch);
-    worker.run(t * tile, std::min(tile, a.num_queries - t * tile));
+    run(worker, t * tile, std::min(tile, a.num_queries - t * tile));
     if (tile * worker.kept() > kRetained) scratch = Scratch();
+  });
+}
+
+}  // namespace
+
+const TreeKernels& tree_kernels() {
+  const char* level = kernels()->name;
+  const TreeKernels* found = nullptr;
+  if (std::strncmp(level, "avx512", 6) == 0) found = tree_avx512();
+  if (found == nullptr && std::strncmp(level, "avx", 3) == 0) found = tree_avx2();
+  return found != nullptr ? *found : *tree_portable();
+}
+
+void tree_search(const TreeSearchArguments& a, Pool& pool) {
+  in_tiles(a, pool, [](Worker& worker, int64_t first, int64_t count) { worker.run(first, count); });
+}
+
+void rank_leaves(const TreeSearchArguments& a, int32_t* leaves, Pool& pool) {
+  in_tiles(a, pool, [leaves](Worker& worker, int64_t first, int64_t count) {
+    worker.rank_only(first, count, leaves);
   });
 }
 

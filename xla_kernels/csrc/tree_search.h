@@ -70,9 +70,24 @@ struct TreeSearchArguments {
   int64_t k = 0;
   float* scores = nullptr;            // [num_queries, k]
   int32_t* ids = nullptr;             // [num_queries, k]
+
+  // Leaves [num_queries, leaves_to_search] to scan, best first and -1 for none, instead of those that
+  // rank best; leaves without slots cost nothing.
+  const int32_t* chosen = nullptr;
+  // Results are the slots of the `retrieve` best estimates by rounded tables, in no order, and as many
+  // more that equal the last as k has room for: their rows, and those estimates.
+  bool candidates = false;
+  // With candidates: only the estimate of the last of the `retrieve` best, into [num_queries, k], or
+  // -inf where there are fewer.
+  bool last = false;
+  // Estimates [num_queries] below which slots need not be found, or null.
+  const float* floor = nullptr;
 };
 
 void tree_search(const TreeSearchArguments& arguments, Pool& pool);
+
+// The leaves [num_queries, leaves_to_search] that rank best, best first and -1 for none.
+void rank_leaves(const TreeSearchArguments& arguments, int32_t* leaves, Pool& pool);
 
 // What differs between instruction sets.
 struct TreeKernels {
@@ -94,6 +109,9 @@ struct TreeKernels {
   float (*dot_int8)(const float* query, const int8_t* row, int64_t dim);
   float (*distance)(const float* query, const float* row, int64_t dim);
 };
+
+// Those of the instruction set in use.
+const TreeKernels& tree_kernels();
 
 const TreeKernels* tree_portable();
 const TreeKernels* tree_avx2();

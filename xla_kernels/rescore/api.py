@@ -77,6 +77,7 @@ def rescore_top_k(
     k: Any,
     *,
     scale: Any = None,
+    euclidean: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Score candidate rows exactly, in float32, and keep the k best; each row at most once.
@@ -90,6 +91,8 @@ def rescore_top_k(
         count once.
       k: results a query, at least 1; may exceed r.
       scale: ``float[n]`` or None, the factor of each row (of int8 rows, usually).
+      euclidean: scores are ``-||q - x||^2`` instead of ``<q, x>``; the compiled kernel has those of
+        float32 rows without scale.
       implementation: None (the fastest here), ``"xla"``, ``"cpu"`` or ``"reference"``.
 
     Returns:
@@ -128,7 +131,13 @@ def rescore_top_k(
         )
     scale = _scale(scale, rows.shape[0])
     chosen = implementations.resolve(implementation)
-    return _rescore_top_k(chosen, k, queries, rows, scale, candidates)
+    if euclidean and (rows.dtype != jnp.float32 or scale is not None):
+        if chosen == "cpu":
+            raise ValueError(
+                "implementation='cpu' cannot run: Euclidean scores need float32 rows without scale"
+            )
+        chosen = "xla"
+    return _rescore_top_k(chosen, k, bool(euclidean), queries, rows, scale, candidates)
 
 
 def _check_k(k: Any) -> None:
@@ -180,10 +189,11 @@ def _dot_top_k(
     return jnp.where(found, scores * unit, -jnp.inf), jnp.where(found, ids, -1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _rescore_top_k(
     implementation: str,
     k: int,
+    euclidean: bool,
     queries: jax.Array,
     rows: jax.Array,
     scale: jax.Array | None,
@@ -193,16 +203,19 @@ def _rescore_top_k(
     stopped = jax.tree.map(lax.stop_gradient, args)
     scores, ids = implementations.choose(
         implementation,
-        functools.partial(cpu.rescore_top_k, k=k),
-        functools.partial(reference.rescore_top_k, k=k),
+        functools.partial(cpu.rescore_top_k, k=k, euclidean=euclidean),
+        functools.partial(reference.rescore_top_k, k=k, euclidean=euclidean),
         *stopped,
         candidates,
     )
-    return _with_derivative(scores, ids, *args), ids
+    if euclidean:
+        return _with_derivative(reference.negated_distances, scores, ids, *args), ids
+    return _with_derivative(reference.products, scores, ids, *args), ids
 
 
-@jax.custom_jvp
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _with_derivative(
+    score: Any,
     scores: jax.Array,
     ids: jax.Array,
     queries: jax.Array,
@@ -210,17 +223,24 @@ def _with_derivative(
     scale: jax.Array | None,
 ) -> jax.Array:
     """Scores of rows ``ids``, as a function of the queries, the rows and their scale."""
-    del ids, queries, rows, scale
+    del score, ids, queries, rows, scale
     return scores
 
 
 @_with_derivative.defjvp
-def _with_derivative_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _with_derivative_jvp(score: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     scores, ids, queries, rows, scale = primals
     _, _, queries_dot, rows_dot, scale_dot = tangents
     if rows.shape[0] == 0:
         return scores, jnp.zeros_like(scores)
     at = jnp.maximum(ids, 0)
+    if score is reference.negated_distances:
+
+        def distances(queries: Any, rows: Any, scale: Any) -> jax.Array:
+            return reference.negated_distances(queries, rows, scale, at)
+
+        _, scores_dot = jax.jvp(distances, primals[2:], tangents[2:])
+        return scores, jnp.where(ids >= 0, scores_dot, 0.0)
     scores_dot = reference.products(queries_dot, rows, scale, at)
     if jnp.issubdtype(rows.dtype, jnp.floating):
         scores_dot = scores_dot + reference.products(queries, rows_dot, scale, at)

@@ -56,6 +56,7 @@ def rescore_top_k(
     candidates: jax.Array,
     *,
     k: int,
+    euclidean: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `reference.rescore_top_k`."""
 
@@ -63,7 +64,12 @@ def rescore_top_k(
     def call(queries: Any, rows: Any, scale: Any, candidates: Any) -> Any:
         results = _results(queries.shape[0], k)
         return tuple(
-            ffi_call("xla_kernels_rescore_top_k", results, queries, rows, scale, candidates)
+            ffi_call(
+                "xla_kernels_rescore_top_k",
+                results,
+                *(queries, rows, scale, candidates),
+                euclidean=np.bool_(euclidean),
+            )
         )
 
     @call.def_vmap

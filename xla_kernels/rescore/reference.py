@@ -38,6 +38,7 @@ def rescore_top_k(
     candidates: jax.Array,
     *,
     k: int,
+    euclidean: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Select among the exact products with ``candidates: int32[b, r]``, each row once."""
     n = rows.shape[0]
@@ -47,7 +48,8 @@ def rescore_top_k(
     if n == 0:
         scores = jnp.zeros(ids.shape, jnp.float32)
     else:
-        scores = products(queries, rows, scale, jnp.minimum(ids, n - 1))
+        score = negated_distances if euclidean else products
+        scores = score(queries, rows, scale, jnp.minimum(ids, n - 1))
     best, places = select(scores, (ids < n) & ~repeated, k)
     if ids.shape[1] == 0:
         return best, places
@@ -62,3 +64,12 @@ def products(
     picked = rows[ids].astype(jnp.float32)
     scores = jnp.einsum("bd,brd->br", queries, picked, precision="highest")
     return scores if scale is None else scores * scale[ids]
+
+
+def negated_distances(
+    queries: jax.Array, rows: jax.Array, scale: jax.Array | None, ids: jax.Array
+) -> jax.Array:
+    """Give ``-||query - scale[i] row i||^2`` for ``ids: int32[b, r]``, all in range."""
+    picked = rows[ids].astype(jnp.float32)
+    picked = picked if scale is None else picked * scale[ids][:, :, None]
+    return -jnp.sum((queries[:, None, :] - picked) ** 2, axis=2)

@@ -2,7 +2,8 @@
 
 import functools
 import warnings
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ def tree_search(
     row_scale: Any = None,
     row_queries: Any = None,
     usable: Any = None,
+    leaves: Any = None,
     euclidean: bool = False,
     deviations: float | None = None,
     retrieve: int | None = None,
@@ -55,6 +57,8 @@ def tree_search(
         the tree quantizes; None takes ``queries``, and e = d.
       usable: ``bool[1 or b, S]`` slots that may be returned; None takes those of the tree. A slot
         without a row must not be usable.
+      leaves: ``int32[b, P]`` leaves to scan instead of those that rank best, best first and -1 for
+        none, as of `tree_leaves`; without ``rescore`` and ``deviations``.
       euclidean: exact scores are ``-||q - x||^2`` instead of ``<q, x>``.
       deviations: after its four best leaves a query passes over those whose estimates would have
         to lie more than so many deviations beyond their mean to reach the candidates held by then:
@@ -100,18 +104,21 @@ def tree_search(
         retrieve=retrieve,
     )
     queries = jnp.asarray(queries, jnp.float32)
+    if leaves is not None:
+        leaves = as_leaves(leaves, queries)
+        if rescore or deviations is not None:
+            raise ValueError("rescore must be 0 and deviations None where leaves are given")
     rows, row_scale, row_queries, usable = (
         None if a is None else jnp.asarray(a) for a in (rows, row_scale, row_queries, usable)
     )
-    if not 0.0 < recall_target <= 1.0:
-        raise ValueError(f"recall_target must be in (0, 1], got {recall_target!r}")
-    options = {"recall_target": float(recall_target), "interpret": interpret}
-    run = _choose(tree, queries, implementation, rows, euclidean, options)
+    options = kernel_options(recall_target, interpret)
+    fits = not (euclidean and rows is not None and rows.dtype != jnp.float32)
+    run = choose(_SEARCH, tree, queries, implementation, options, fits=fits)
     operands = (tree, queries, rows, row_scale, row_queries)
 
     @jax.custom_jvp
-    def found(operands: Any, usable: Any) -> Any:
-        return run(*operands, usable, effort=effort, euclidean=euclidean)
+    def found(operands: Any, usable: Any, leaves: Any) -> Any:
+        return run(*operands, usable, leaves, effort=effort, euclidean=euclidean)
 
     @found.defjvp
     def _rule(primals: Any, tangents: Any) -> Any:
@@ -125,7 +132,7 @@ def tree_search(
         nothing = np.zeros(ids.shape, jax.dtypes.float0)
         return (scores, ids), (jnp.where(ids >= 0, change, 0), nothing)
 
-    return found(operands, usable)
+    return found(operands, usable, leaves)
 
 
 def _scores_of(operands: Any, ids: jax.Array, *, rescore: int, euclidean: bool) -> jax.Array:
@@ -159,27 +166,74 @@ def _scores_of(operands: Any, ids: jax.Array, *, rescore: int, euclidean: bool) 
 _NAMES = (None, *get_args(Implementation))
 
 
-def _choose(
+class Backends(NamedTuple):
+    """One function of a tree and queries by each implementation.
+
+    Attributes:
+      xla: of plain XLA.
+      cpu: of the compiled kernel.
+      pallas: of the Pallas kernels, which takes a `pallas.Kernel` as ``kernel``.
+    """
+
+    xla: Callable[..., Any]
+    cpu: Callable[..., Any]
+    pallas: Callable[..., Any]
+
+
+_SEARCH = Backends(xla.tree_search, cpu.tree_search, pallas.tree_search)
+
+
+def kernel_options(recall_target: float, interpret: Any) -> dict[str, Any]:
+    """Check and gather the options of the Pallas kernels.
+
+    Raises:
+      ValueError: ``recall_target`` out of range.
+    """
+    if not 0.0 < recall_target <= 1.0:
+        raise ValueError(f"recall_target must be in (0, 1], got {recall_target!r}")
+    return {"recall_target": float(recall_target), "interpret": interpret}
+
+
+def as_leaves(leaves: Any, queries: jax.Array) -> jax.Array:
+    """Chosen leaves of queries, checked.
+
+    Raises:
+      ValueError: another shape or type than ``int32[b, P]``.
+    """
+    leaves = jnp.asarray(leaves)
+    if leaves.dtype != jnp.int32 or leaves.ndim != 2 or len(leaves) != len(queries):
+        raise ValueError(
+            f"leaves must be int32[b, P] with b = {len(queries)}; "
+            f"got {leaves.dtype}{list(leaves.shape)}"
+        )
+    return leaves
+
+
+def choose(
+    backends: Backends,
     tree: PackedTree,
     queries: Any,
     implementation: str | None,
-    rows: Any,
-    euclidean: bool,
     options: dict[str, Any],
+    *,
+    fits: bool = True,
 ) -> Any:
+    """The function of an implementation, or one that takes that of the platform it is lowered for.
+
+    Raises:
+      ValueError: an implementation that is unknown or cannot run.
+    """
     if implementation not in _NAMES:
         raise ValueError(f"implementation must be one of {_NAMES}; got {implementation!r}")
     if implementation == "xla":
-        return xla.tree_search
+        return backends.xla
     if implementation in implementations.PALLAS:
         reason = pallas.unsupported(tree, queries, implementation)
         if reason:
             raise ValueError(f"implementation {implementation!r} cannot run: {reason}")
         implementations.require_pallas(implementation, options["interpret"], (tree, queries))
-        return _pallas(implementation, options)
-    fits = tree.codes.layout not in POINTS_LAST and not (
-        euclidean and rows is not None and rows.dtype != jnp.float32
-    )
+        return functools.partial(backends.pallas, kernel=_pallas(implementation, options))
+    fits = fits and tree.codes.layout not in POINTS_LAST
     if implementation == "cpu":
         if not library.available():
             raise ValueError(f"implementation 'cpu' cannot run: {library.load().reason}")
@@ -187,8 +241,8 @@ def _choose(
             raise ValueError(
                 "implementation 'cpu' needs packed codes, and float32 rows for Euclidean scores"
             )
-        return cpu.tree_search
-    branches = {"cpu": cpu.tree_search} if library.available() and fits else {}
+        return backends.cpu
+    branches = {"cpu": backends.cpu} if library.available() and fits else {}
     # Where the program is for another platform than this one's, plain XLA is what runs everywhere.
     name = {platform: name for name, platform in implementations.PALLAS.items()}.get(
         jax.default_backend()
@@ -196,27 +250,26 @@ def _choose(
     if name is not None:
         reason = pallas.unsupported(tree, queries, name)
         if reason is None:
-            branches["cuda" if name == "pallas_gpu" else "tpu"] = _pallas(name, options)
+            kernel = _pallas(name, options)
+            device = "cuda" if name == "pallas_gpu" else "tpu"
+            branches[device] = functools.partial(backends.pallas, kernel=kernel)
         else:
             warnings.warn(f"tree_search runs plain XLA, not {name}: {reason}", stacklevel=3)
     if not branches:
-        return xla.tree_search
+        return backends.xla
 
     def by_platform(*args: Any, **options: Any) -> Any:
         axes = varying_axes(*jax.tree.leaves(args))
 
         def run(search: Any) -> Any:
             # All branches must vary alike over the devices of shard_map.
-            return lambda *a: jax.tree.map(
-                lambda x: match_varying(x, axes), tuple(search(*a, **options))
-            )
+            return lambda *a: jax.tree.map(lambda x: match_varying(x, axes), search(*a, **options))
 
         chosen = {platform: run(search) for platform, search in branches.items()}
-        return jax.lax.platform_dependent(*args, **chosen, default=run(xla.tree_search))
+        return jax.lax.platform_dependent(*args, **chosen, default=run(backends.xla))
 
     return by_platform
 
 
-def _pallas(name: str, options: dict[str, Any]) -> Any:
-    kernel = pallas.Kernel(name, options["recall_target"], None, options["interpret"])
-    return functools.partial(pallas.tree_search, kernel=kernel)
+def _pallas(name: str, options: dict[str, Any]) -> pallas.Kernel:
+    return pallas.Kernel(name, options["recall_target"], None, options["interpret"])

@@ -62,13 +62,17 @@ def effort_of(
         retrieve = 2 * rescore if spilled else rescore
     if retrieve < rescore:
         raise ValueError(f"retrieve must be at least rescore = {rescore}; got {retrieve}")
-    leaves = tree.centroids.shape[0]
-    probed = min(leaves_to_search, leaves)
+    probed = min(leaves_to_search, tree.centroids.shape[0])
     return Effort(
         k,
         probed,
-        min(leaves, _RANKED * probed),
+        leaves_ranked(tree, probed),
         math.inf if deviations is None else float(deviations),
         rescore,
         retrieve,
     )
+
+
+def leaves_ranked(tree: PackedTree, probed: int) -> int:
+    """Leaves that are ranked at least where so many are probed."""
+    return min(tree.centroids.shape[0], _RANKED * probed)

@@ -24,7 +24,9 @@ from .packed import PackedTree
 from .worklist import Plan, Round, Sizes, plan_of, round_of, windows_of
 from .xla import (
     Candidates,
+    best_leaves,
     best_of_slots,
+    cut_or_pad,
     highest_estimates,
     kept_slots,
     leaf_scores,
@@ -74,6 +76,7 @@ def tree_search(
     row_scale: jax.Array | None,
     row_queries: jax.Array | None,
     usable: jax.Array | None,
+    leaves: jax.Array | None = None,
     *,
     effort: Effort,
     euclidean: bool,
@@ -82,7 +85,8 @@ def tree_search(
     """Scores ``float32[b, k]`` and rows ``int32[b, k]``; see `api.tree_search`."""
     wider = row_queries is not None
 
-    def search(queries: Any, row_queries: Any, usable: Any, rest: Any) -> Any:
+    def search(queries: Any, own: Any, usable: Any, rest: Any) -> Any:
+        row_queries, leaves = own
         tree, rows, row_scale = rest
         if 0 in (queries.shape[0], tree.slot_rows.shape[0]):
             shape = (queries.shape[0], effort.k)
@@ -97,21 +101,51 @@ def tree_search(
         if usable.shape[0] > 1:
 
             def one(args: Any) -> Any:
-                own = tree._replace(usable=args[2][None])
-                found = batch(own, slot_terms(own), args[0][None], args[1][None])
+                own = tree._replace(usable=args[3][None])
+                some = jax.tree.map(lambda x: x[None], args[:3])
+                found = batch(own, slot_terms(own), *some)
                 return jax.tree.map(lambda x: x[0], found)
 
-            scores, ids = jax.lax.map(one, (queries, full, usable))
+            scores, ids = jax.lax.map(one, (queries, full, leaves, usable))
         else:
             tree = tree._replace(usable=usable)
             run = functools.partial(batch, tree, slot_terms(tree))
-            scores, ids = _in_blocks(run, parts_of(kernel)[1].batch, queries, full)
+            scores, ids = _in_blocks(run, parts_of(kernel)[1].batch, queries, full, leaves)
         return jnp.where(finite[:, None], scores, -jnp.inf), jnp.where(finite[:, None], ids, -1)
 
     call = folded(search, k=effort.k, slots=tree.slot_rows.shape[0])
     row_queries = queries[:, :0] if row_queries is None else row_queries
     usable = tree.usable if usable is None else usable
-    return call(queries, row_queries, usable, (tree, rows, row_scale))
+    return call(queries, (row_queries, leaves), usable, (tree, rows, row_scale))
+
+
+def candidates(
+    tree: PackedTree,
+    queries: jax.Array,
+    leaves: jax.Array,
+    floor: jax.Array,
+    *,
+    effort: Effort,
+    width: int,
+    kernel: Kernel,
+) -> tuple[jax.Array, jax.Array]:
+    """Estimates ``float32[b, width]`` and rows of slots; see `parts.tree_candidates`."""
+    del floor  # what may be left out costs nothing here
+    b = queries.shape[0]
+    if 0 in (b, tree.slot_rows.shape[0]):
+        return jnp.full((b, width), -jnp.inf, jnp.float32), jnp.full((b, width), -1, jnp.int32)
+    finite = jnp.isfinite(queries).all(axis=1, keepdims=True)
+    terms = slot_terms(tree)
+
+    def run(queries: jax.Array, leaves: jax.Array) -> Any:
+        shared, _ = _leaf_scores(tree, queries, effort)
+        found = scan_leaves(tree, terms, queries, shared, leaves, effort, kernel)
+        rows = tree.slot_rows[jnp.maximum(found.slots, 0)]
+        rows = jnp.where(found.scores > -jnp.inf, rows, -1)
+        return cut_or_pad((found.scores, rows), width)
+
+    queries, leaves = jnp.where(finite, queries, 0), jnp.where(finite, leaves, -1)
+    return _in_blocks(run, parts_of(kernel)[1].batch, queries, leaves)
 
 
 def parts_of(kernel: Kernel) -> tuple[Any, Sizes]:
@@ -133,9 +167,9 @@ def operands_of(module: Any, tree: PackedTree, queries: jax.Array, terms: jax.Ar
     return module.pack(*_factors(tree, queries), _columns(tree), terms, gain)
 
 
-def _in_blocks(run: Any, size: int, *arrays: jax.Array) -> Any:
+def _in_blocks(run: Any, size: int, *arrays: jax.Array | None) -> Any:
     """``run`` on blocks of at most ``size`` rows, one after another."""
-    b = arrays[0].shape[0]
+    b = jax.tree.leaves(arrays)[0].shape[0]
     if b <= size:
         return run(*arrays)
     blocks = -(-b // size)
@@ -144,7 +178,7 @@ def _in_blocks(run: Any, size: int, *arrays: jax.Array) -> Any:
         a = jnp.pad(a, ((0, blocks * size - b), (0, 0)))
         return a.reshape(blocks, size, a.shape[1])
 
-    found = jax.lax.map(lambda some: run(*some), tuple(map(split, arrays)))
+    found = jax.lax.map(lambda some: run(*some), jax.tree.map(split, arrays))
     return jax.tree.map(lambda x: x.reshape(blocks * size, *x.shape[2:])[:b], found)
 
 
@@ -153,6 +187,7 @@ def _batch(
     terms: jax.Array,
     queries: jax.Array,
     full: jax.Array,
+    leaves: jax.Array | None,
     *,
     rows: jax.Array | None,
     row_scale: jax.Array | None,
@@ -160,16 +195,27 @@ def _batch(
     euclidean: bool,
     kernel: Kernel,
 ) -> tuple[jax.Array, jax.Array]:
-    b = queries.shape[0]
-    padded = jnp.pad(queries, ((0, -b % _TILE), (0, 0)))
-    ranked = functools.partial(leaf_scores, tree, effort=effort)
-    shared, rank = (x[:b] for x in _in_blocks(ranked, _TILE, padded))
-    slots = best_slots(tree, terms, queries, shared, rank, effort, kernel)
+    shared, rank = _leaf_scores(tree, queries, effort)
+    if leaves is None:
+        slots = best_slots(tree, terms, queries, shared, rank, effort, kernel)
+    else:
+        found = scan_leaves(tree, terms, queries, shared, leaves, effort, kernel)
+        slots = jnp.where(found.scores > -jnp.inf, found.slots, -1)
 
     def finish(q: jax.Array, q_full: jax.Array, slots: jax.Array) -> Any:
         return best_of_slots(tree, q, q_full, slots, (rows, row_scale), effort, euclidean)
 
     return jax.vmap(finish)(queries, full, slots)
+
+
+def _leaf_scores(
+    tree: PackedTree, queries: jax.Array, effort: Effort
+) -> tuple[jax.Array, jax.Array]:
+    b = queries.shape[0]
+    padded = jnp.pad(queries, ((0, -b % _TILE), (0, 0)))
+    ranked = functools.partial(leaf_scores, tree, effort=effort)
+    shared, rank = (x[:b] for x in _in_blocks(ranked, _TILE, padded))
+    return shared, rank
 
 
 def best_slots(
@@ -186,13 +232,27 @@ def best_slots(
     Of slots with equal estimates across the last place those of the lowest rows are taken.
     Estimates have bfloat16's digits.
     """
+    leaves = best_leaves(rank, effort.leaves_to_search)
+    best = scan_leaves(tree, terms, queries, shared, leaves, effort, kernel)
+    return jnp.where(best.scores > -jnp.inf, best.slots, -1)
+
+
+def scan_leaves(
+    tree: PackedTree,
+    terms: jax.Array,
+    queries: jax.Array,
+    shared: jax.Array,
+    leaves: jax.Array,
+    effort: Effort,
+    kernel: Kernel,
+) -> Candidates:
+    """`best_slots` of some leaves ``int32[b, P]``, best first and -1 for none."""
     b = queries.shape[0]
     count = min(kept_slots(effort), tree.slot_rows.shape[0])
-    score, leaves = jax.lax.top_k(rank, min(effort.leaves_to_search, rank.shape[1]))
-    leaves = leaves.astype(jnp.int32)
+    probed, leaves = leaves >= 0, jnp.clip(leaves, 0, shared.shape[1] - 1)
     scanner = scanner_of(tree, terms, queries, leaves, effort, count, kernel)
     means = jnp.take_along_axis(shared, leaves, axis=1)
-    sizes = jnp.where(score > -jnp.inf, scanner.sizes, 0)
+    sizes = jnp.where(probed, scanner.sizes, 0)
     axes = varying_axes(*jax.tree.leaves((tree, queries)))
 
     def scan(best: Candidates, sizes: jax.Array) -> Candidates:
@@ -218,7 +278,7 @@ def best_slots(
         best = scan(best, jnp.where(likely & ~sure, sizes, 0))
     else:
         best = scan(best, sizes)
-    return jnp.where(best.scores > -jnp.inf, best.slots, -1)
+    return best
 
 
 class Scanner(NamedTuple):

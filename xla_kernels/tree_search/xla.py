@@ -40,6 +40,7 @@ def tree_search(
     row_scale: jax.Array | None,
     row_queries: jax.Array | None,
     usable: jax.Array | None,
+    leaves: jax.Array | None = None,
     *,
     effort: Effort,
     euclidean: bool,
@@ -55,11 +56,11 @@ def tree_search(
     queries = jnp.where(finite[:, None], queries, 0)
 
     def one(args: Any) -> Any:
-        q, full, shared, rank, mask, ok = args
+        q, full, shared, leaves, mask, ok = args
         mask = tree.usable[0] if mask is None else mask
 
         def run() -> Any:
-            found = _candidates(tree, q, shared, rank, mask, effort, kept_slots(effort))
+            found = _candidates(tree, q, shared, leaves, mask, effort, kept_slots(effort))
             store = (rows, row_scale)
             q_full = q if full is None else full
             return best_of_slots(tree, q, q_full, found.slots, store, effort, euclidean)
@@ -72,22 +73,76 @@ def tree_search(
         return jax.lax.cond(ok, run, nothing)
 
     def tile(args: Any) -> Any:
-        q, full, mask, ok = args
+        q, full, leaves, mask, ok = args
         shared, rank = leaf_scores(tree, q, effort)
-        return jax.lax.map(one, (q, full, shared, rank, mask, ok))
-
-    # Written so that a batch of symbolic size divides too (jax.export).
-    tiles = (b + _TILE - 1) // _TILE
-
-    def in_tiles(a: jax.Array) -> jax.Array:
-        a = jnp.pad(a, ((0, tiles * _TILE - b),) + ((0, 0),) * (a.ndim - 1))
-        return a.reshape(tiles, _TILE, *a.shape[1:])
+        leaves = best_leaves(rank, effort.leaves_to_search) if leaves is None else leaves
+        return jax.lax.map(one, (q, full, shared, leaves, mask, ok))
 
     if usable is not None and usable.shape[0] == 1:
         tree, usable = tree._replace(usable=usable), None
-    operands = (queries, row_queries, usable, finite)
-    scores, ids = jax.lax.map(tile, jax.tree.map(in_tiles, operands))
-    return scores.reshape(tiles * _TILE, k)[:b], ids.reshape(tiles * _TILE, k)[:b]
+    return _in_tiles(tile, b, (queries, row_queries, leaves, usable, finite))
+
+
+def rank_leaves(
+    tree: PackedTree, queries: jax.Array, *, leaves_to_search: int, leaves_ranked: int
+) -> jax.Array:
+    """Leaves ``int32[b, leaves_to_search]``; see `parts.tree_leaves`."""
+    effort = Effort(1, leaves_to_search, leaves_ranked, math.inf, 0, 0)
+
+    def tile(args: Any) -> Any:
+        q, ok = args
+        _, rank = leaf_scores(tree, jnp.where(ok[:, None], q, 0), effort)
+        return jnp.where(ok[:, None], best_leaves(rank, leaves_to_search), -1)
+
+    finite = jnp.all(jnp.isfinite(queries), axis=1)
+    return _in_tiles(tile, queries.shape[0], (queries, finite))
+
+
+def candidates(
+    tree: PackedTree,
+    queries: jax.Array,
+    leaves: jax.Array,
+    floor: jax.Array,
+    *,
+    effort: Effort,
+    width: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Estimates ``float32[b, width]`` and rows of slots; see `parts.tree_candidates`."""
+    del floor  # what may be left out costs nothing here
+
+    def one(args: Any) -> Any:
+        q, shared, leaves = args
+        found = _candidates(tree, q, shared, leaves, tree.usable[0], effort, kept_slots(effort))
+        rows = tree.slot_rows[jnp.maximum(found.slots, 0)]
+        return cut_or_pad((found.scores, jnp.where(found.slots >= 0, rows, -1)), width)
+
+    def tile(args: Any) -> Any:
+        q, leaves, ok = args
+        q = jnp.where(ok[:, None], q, 0)
+        shared, _ = leaf_scores(tree, q, effort)
+        return jax.lax.map(one, (q, shared, jnp.where(ok[:, None], leaves, -1)))
+
+    finite = jnp.all(jnp.isfinite(queries), axis=1)
+    return _in_tiles(tile, queries.shape[0], (queries, leaves, finite))
+
+
+def _in_tiles(tile: Any, b: Any, operands: Any) -> Any:
+    # Written so that a batch of symbolic size divides too (jax.export).
+    tiles = (b + _TILE - 1) // _TILE
+
+    def split(a: jax.Array) -> jax.Array:
+        a = jnp.pad(a, ((0, tiles * _TILE - b),) + ((0, 0),) * (a.ndim - 1))
+        return a.reshape(tiles, _TILE, *a.shape[1:])
+
+    found = jax.lax.map(tile, jax.tree.map(split, operands))
+    return jax.tree.map(lambda a: a.reshape(tiles * _TILE, *a.shape[2:])[:b], found)
+
+
+def cut_or_pad(found: tuple[jax.Array, jax.Array], width: int) -> tuple[jax.Array, jax.Array]:
+    """Scores and rows of candidates ``[..., c]``, best first, in ``[..., width]`` places."""
+    scores, rows = (a[..., :width] for a in found)
+    pad = [(0, 0)] * (scores.ndim - 1) + [(0, width - scores.shape[-1])]
+    return jnp.pad(scores, pad, constant_values=-jnp.inf), jnp.pad(rows, pad, constant_values=-1)
 
 
 def kept_slots(effort: Effort) -> int:
@@ -108,6 +163,12 @@ def leaf_scores(tree: PackedTree, q: jax.Array, effort: Effort) -> tuple[jax.Arr
     return shared, rank
 
 
+def best_leaves(rank: jax.Array, count: int) -> jax.Array:
+    """``int32[..., count]`` leaves that rank best, best first, -1 beyond those that are ranked."""
+    score, leaves = jax.lax.top_k(rank, min(count, rank.shape[-1]))
+    return jnp.where(score > -jnp.inf, leaves, -1).astype(jnp.int32)
+
+
 def best_of_slots(
     tree: PackedTree,
     q: jax.Array,
@@ -122,7 +183,7 @@ def best_of_slots(
     kept = slots >= 0
     if effort.rescore:
         if effort.retrieve > effort.rescore:
-            kept = kept & _first_distinct(numbers, effort.rescore)
+            kept = kept & first_distinct(numbers, effort.rescore)
         scores = row_scores(*store, q_full, numbers, euclidean=euclidean)
     else:
         scores = slot_scores(tree, q, slots)
@@ -202,7 +263,7 @@ def _slot_scores(tree: PackedTree, table: jax.Array, blocks: jax.Array) -> jax.A
     return total
 
 
-def _first_distinct(numbers: jax.Array, count: int) -> jax.Array:
+def first_distinct(numbers: jax.Array, count: int) -> jax.Array:
     """Which of some rows, best first, are the first ``count`` different ones."""
     place = jnp.arange(numbers.shape[0], dtype=jnp.int32)
     order = jnp.lexsort((place, numbers))
@@ -227,20 +288,18 @@ def _candidates(
     tree: PackedTree,
     q: Any,
     shared: Any,
-    rank: Any,
+    leaves: Any,
     usable: Any,
     effort: Effort,
     count: int,
 ) -> Candidates:
-    """The best ``count`` slots of the probed leaves by quantized score."""
-    score, leaves = jax.lax.top_k(rank, min(effort.leaves_to_search, rank.shape[0]))
-    leaves = leaves.astype(jnp.int32)
+    """The best ``count`` slots of some leaves by quantized score."""
+    probed, leaves = leaves >= 0, jnp.clip(leaves, 0, tree.centroids.shape[0] - 1)
     table = lookup_table(tree, q)
     size = tree.block
     count = min(count, tree.slot_rows.shape[0])
     per_step = max(_STEP // size, -(-count // size))
-    # Beyond the leaves of the best groups there are none.
-    sizes = jnp.where(score > -jnp.inf, tree.starts[leaves + 1] - tree.starts[leaves], 0)
+    sizes = jnp.where(probed, tree.starts[leaves + 1] - tree.starts[leaves], 0)
     lanes = jnp.arange(size, dtype=jnp.int32)
 
     def lowest_rows(pool: Candidates) -> jax.Array:

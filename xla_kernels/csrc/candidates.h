@@ -1,0 +1,25 @@
+// The best of candidates that several devices found for the same queries.
+#pragma once
+
+#include <cstdint>
+
+#include "threads.h"
+
+namespace xla_kernels {
+
+struct CandidateArguments {
+  const float* scores = nullptr;  // [num_queries, size]
+  const int32_t* rows = nullptr;  // [num_queries, size], -1 for none
+  int64_t num_queries = 0;
+  int64_t size = 0;
+  // Of the `retrieve` best, and those that equal the last, the `keep` best distinct rows; where
+  // keep >= retrieve all of them, copies too and in no order.
+  int64_t retrieve = 0;
+  int64_t keep = 0;
+  int64_t width = 0;              // places to fill; equals beyond it are cut
+  int32_t* places = nullptr;      // [num_queries, width] of the kept in a query's list, -1 for none
+};
+
+void best_places(const CandidateArguments& arguments, Pool& pool);
+
+}  // namespace xla_kernels
