@@ -412,11 +412,11 @@ def _scale(streaming: dict, serving: dict, sharded: dict) -> str:
         f"{serving['searcher_cpu_us']:.0f} CPU us | `serving.json` |",
     ]
     for effort in sharded["efforts"]:
-        each = effort["shards"]
+        each = [one for one in effort["shards"] if one["leaves"] == "spread"]
         counts = ", ".join(str(one["shards"]) for one in each)
         spent = ", ".join(f"{one['cpu_us']:.0f}" for one in each)
         lines.append(
-            f"| one query of a batch of {sharded['queries']:,} on {counts} shards, "
+            f"| one query of a batch of {effort['queries']:,} on {counts} shards, "
             f"{sharded['rows']:,} rows, {effort['leaves_to_search']} leaves; `search` | {spent}; "
             f"{effort['search_cpu_us']:.0f} CPU us | `sharded.json` |"
         )

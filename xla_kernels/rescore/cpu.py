@@ -84,7 +84,7 @@ def rescore_top_k(
     return call(queries, rows, _or_empty(scale), candidates)
 
 
-def _results(b: int, k: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def _results(b: Any, k: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     return jax.ShapeDtypeStruct((b, k), jnp.float32), jax.ShapeDtypeStruct((b, k), jnp.int32)
 
 

@@ -127,7 +127,7 @@ def _scan(
     return call(queries, (leaves, floor), tree.usable if usable is None else usable, rest)
 
 
-def _results(b: int, k: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def _results(b: Any, k: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     return jax.ShapeDtypeStruct((b, k), jnp.float32), jax.ShapeDtypeStruct((b, k), jnp.int32)
 
 
