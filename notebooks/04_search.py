@@ -45,7 +45,7 @@ import avq_jax
 from avq_jax.evaluation import glove_50d, read_hdf5, split_queries
 
 SIZE = os.environ.get("AVQ_SIZE", "small")  # "tiny" only proves that every cell runs
-FILE = os.environ.get("AVQ_DATASET")  # an ann-benchmarks HDF5 file, used whole
+FILE = os.environ.get("AVQ_DATASET", "").split(os.pathsep)[0]  # an ann-benchmarks HDF5 file
 ROWS, QUERIES = {"tiny": (500, 20), "small": (20_000, 1_000)}[SIZE]
 
 
