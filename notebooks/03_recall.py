@@ -30,6 +30,7 @@ if importlib.util.find_spec("avq_jax") is None:
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", source])
 
 # %%
+import contextlib
 import os
 
 import jax
@@ -178,6 +179,19 @@ if SIZE != "tiny":
 
 
 # %%
+@contextlib.contextmanager
+def quiet():
+    """Libraries written in C++ report progress to the descriptor, past Python."""
+    kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
+
+
 def peers(m):
     """Decoded rows of FAISS codecs, and ids of ScaNN, of 4 m bits; what is missing is told."""
     if SIZE == "tiny":
@@ -232,7 +246,9 @@ figure, axes = plt.subplots(
 )
 for m, panel in zip(CODES, axes[0], strict=True):
     curves = {label: measure(codec, eta)[0] for label, codec, eta in ours(m)}
-    for label, result in peers(m):
+    with quiet():
+        others = list(peers(m))
+    for label, result in others:
         if result.dtype == np.int64:  # ids, scored by ScaNN itself
             curves[label] = np.cumsum((result == truth[:, :1]).mean(axis=0))
         else:
