@@ -165,9 +165,9 @@ def table(folder: pathlib.Path) -> str:
         f"Ours on {codes['rows']:,} words of GloVe 6B in 100 dimensions (`{codes['dataset']}`), "
         f"Table 1 on {extreme['classes']:,} classes of WordNet (last layer {widest:,} wide), Table "
         f"2 on {binary['rows']:,} of the words; one seed. Notebook 03 draws its figures on "
-        "100,000 of the rows, 06 its table on words instead of WordNet. The paper's Glove1.2M are 1,183,514 "
-        "vectors of another corpus, its Table 1 is on Amazon-670k and its Table 2 on SIFT1M: the "
-        "gain of one loss over the other compares, the recall does not.",
+        "100,000 of the rows, 06 its table on words instead of WordNet. The paper's Glove1.2M "
+        "are 1,183,514 vectors of another corpus, its Table 1 is on Amazon-670k and its Table 2 "
+        "on SIFT1M: the gain of one loss over the other compares, the recall does not.",
         "",
         "| paper | module | test | notebook | ours | the paper's |",
         "|---|---|---|---|---|---|",

@@ -104,6 +104,7 @@ for rescore in rescored:
 
 axes.set(xscale="log", xlabel="leaves searched", ylabel="recall 10@10")
 axes.set_title(f"{LEAVES:,} leaves of {n:,} rows")
+axes.xaxis.set_major_formatter("{x:g}")
 axes.legend()
 axes.grid(alpha=0.3)
 assert recall[rescored[-1], LEAVES] >= recall[0, LEAVES]
@@ -298,6 +299,7 @@ for side in sides:
     print(f"{side}, built in {built[side]:.1f} CPU s; recall 10@10 at queries a second:\n    "
           + ", ".join(f"{r:.3f} at {speed:,.0f}" for r, speed in front))  # fmt: skip
 axes.set(xlabel="recall 10@10", ylabel="queries a second, one at a time", yscale="log")
+axes.yaxis.set_major_formatter("{x:,.0f}")
 axes.set_title(f"{len(base):,} rows, {d} dimensions")
 axes.legend()
 axes.grid(alpha=0.3, which="both")
