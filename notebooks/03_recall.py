@@ -174,8 +174,8 @@ if SIZE != "tiny":
 # The paper compares with LSQ and three variants of QUIPS. FAISS has LSQ, PQ and OPQ; of QUIPS no
 # package is known, so it is this one's (`fit_quips`), with rows of the base as its sample queries:
 # a test query is never a sample. ScaNN (the paper's own library) runs without its tree and without
-# reordering; it rounds its tables to 8 bits. LSQ learns on fewer rows than the others and searches half as
-# long for codes as it would by default, as it is by far the slowest.
+# reordering; it rounds its tables to 8 bits. LSQ learns on fewer rows than the others and searches
+# half as long for codes as it would by default, as it is by far the slowest.
 # Additive codes under the score-aware loss are this package's strongest at a given size; "+ scale"
 # spends four bits a row more on a scale.
 
