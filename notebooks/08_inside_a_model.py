@@ -159,8 +159,8 @@ if SIZE != "tiny":
 # $\log Z = \log \sum_i e^{\langle h, x_i \rangle}$ from the k best classes, which a search finds, and
 # a sample of the others, weighted by how many each stands for. The bounds hold with probability
 # $1 - \delta$ for each query. The sharper the softmax, the more of Z is in the best classes; but what
-# is left is less even too, and a small sample of it says less. So the error of the sharper one is
-# larger for few classes and smaller for many.
+# is left is less even too, and a small sample of it says less. So the error of the sharper one is the
+# larger until most of Z is in the classes found.
 
 # %%
 figure, panel = plt.subplots(figsize=(6, 3.6), layout="constrained")
