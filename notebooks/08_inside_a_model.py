@@ -85,8 +85,9 @@ print(f"the gradient is row {truth[0, 0]}, to {np.abs(slope - x[truth[0, 0]]).ma
 # forward and, backward, the gradient of the straight-through estimator or of the rotation trick.
 # Either is an estimate, not the gradient of the loss, and the better the nearer rows are to their
 # codewords, which the commitment loss sees to: with a tenth of it here the loss under the
-# straight-through estimator falls for a hundred steps and then rises. The start is the usual order of
-# things, principal components and then codebooks, which is also the baseline.
+# straight-through estimator falls for a hundred steps and then rises, and under the rotation trick
+# it rises a little even so. The start is the usual order of things, principal components and then
+# codebooks, which is also the baseline.
 
 # %%
 WIDTH, M = 20, 10
@@ -147,7 +148,7 @@ for name, curve in curves.items():
     window = max(STEPS // 50, 1)
     means = curve[: STEPS // window * window].reshape(-1, window).mean(axis=1)
     panel.plot(window * (1 + np.arange(len(means))), means, label=name)
-panel.set(xlabel="step", ylabel=f"score-aware loss of a batch, mean of {window} steps")
+panel.set(xlabel=f"step (means of {window})", ylabel="score-aware loss of a batch")
 panel.legend()
 panel.grid(alpha=0.3)
 if SIZE != "tiny":
