@@ -52,7 +52,8 @@ test: lint
 # users run, programs compiled with the compiler's default settings, is tested here on the parts
 # whose numbers depend on it most, and on everything by test-optimized.
 OPTIMIZED := tests/loss/test_theorems.py tests/mips/test_search.py \
-	tests/xla_kernels/test_tree_search.py tests/quantization/test_lloyd.py
+	tests/xla_kernels/test_tree_search.py::TestAnswer \
+	tests/xla_kernels/test_tree_search.py::TestAgainstXla tests/quantization/test_lloyd.py
 test-full: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m full --durations 10
 	AVQ_TEST_COMPILE=default $(BIN)/python -m pytest -n 2 --dist loadfile -m "not full" $(OPTIMIZED)

@@ -6,6 +6,7 @@ stays a JAX array, so nothing is copied that already fits. A traced array has no
 at: only its rank, width and dtype are checked then.
 """
 
+import numbers
 import operator
 from typing import Any
 
@@ -14,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-__all__ = ["as_count", "as_float32", "as_queries", "as_rows", "check_finite", "is_traced"]
+__all__ = [
+    "as_count",
+    "as_float32",
+    "as_queries",
+    "as_recall_target",
+    "as_rows",
+    "check_finite",
+    "is_number",
+    "is_traced",
+]
 
 
 def is_traced(*arrays: Any) -> bool:
@@ -58,6 +68,26 @@ def as_count(value: Any, *, name: str, minimum: int = 1) -> int:
     if count < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {count}")
     return count
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, of Python or NumPy; a bool is none.
+
+    >>> is_number(np.float32(1)), is_number(True)
+    (True, False)
+    """
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def as_recall_target(value: Any) -> float:
+    """Give a ``recall_target`` as a float in (0, 1].
+
+    >>> as_recall_target(1)
+    1.0
+    """
+    if not (is_number(value) and 0 < value <= 1):
+        raise ValueError(f"recall_target must be a number in (0, 1]; got {value!r}")
+    return float(value)
 
 
 def as_float32(x: Any, *, name: str) -> Float[Array | np.ndarray, "..."]:

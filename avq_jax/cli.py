@@ -221,6 +221,15 @@ def _add_build(command: Any) -> None:
     build.add_argument("--subspaces", type=_count, help="codes a row")
     build.add_argument("--codewords", type=_count, default=16, help="default: %(default)s")
     build.add_argument(
+        "--codec",
+        choices=("product", "additive"),
+        default="product",
+        help="additive codes are more accurate and take longer to learn (default: %(default)s)",
+    )
+    build.add_argument(
+        "--scale", type=int, choices=(4, 8), metavar="BITS", help="4 or 8 bits of scale a row"
+    )
+    build.add_argument(
         "--scanned-dim", type=_count, metavar="P", help="principal dimensions that codes are of"
     )
     build.add_argument(

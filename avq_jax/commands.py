@@ -79,6 +79,8 @@ def build(args: argparse.Namespace) -> Report:
             num_leaves=args.leaves,
             num_subspaces=args.subspaces,
             num_codewords=args.codewords,
+            codec=args.codec,
+            scale=args.scale,
             scanned_dim=args.scanned_dim,
             weight=None if args.threshold is None else avq_jax.Threshold(args.threshold),
             ids=ids,

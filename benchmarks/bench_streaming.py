@@ -3,14 +3,16 @@
     python benchmarks/bench_streaming.py --rows 10000000
 
 Synthetic rows (a mixture of 1,000 Gaussians, written once to a raw float32 file) are read through
-``np.memmap``, indexed by ``build_to_disk``, and searched from the loaded index. ``anonymous`` is
-the peak of RssAnon, memory that only this process can give back; the peak of the resident set
-counts pages of the files too, which the system drops when it needs room.
+``np.memmap``, indexed by ``build_to_disk``, and searched from the loaded index. The process limits
+its own memory (RLIMIT_DATA, which pages of files do not count against): with less it would end in a
+MemoryError. ``anonymous`` is the peak of RssAnon, memory that only this process can give back; the
+peak of the resident set counts pages of the files too, which the system drops when it needs room.
 """
 
 import argparse
 import json
 import pathlib
+import resource
 import shutil
 import tempfile
 import threading
@@ -69,9 +71,12 @@ def main():
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=96)
     parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--limit-gib", type=float, default=8.0, help="memory the process may take")
     parser.add_argument("--folder", type=pathlib.Path, default=None)
     parser.add_argument("--output", default=None, help="JSON file; default benchmarks/results/")
     args = parser.parse_args()
+    limit = int(args.limit_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     work = pathlib.Path(tempfile.mkdtemp(dir=args.folder))
     try:
         rng = np.random.default_rng(0)
@@ -119,6 +124,7 @@ def main():
             "rows": args.rows,
             "dim": args.dim,
             "num_leaves": index.num_leaves,
+            "memory_limit_bytes": limit,
             "source_bytes": rows.nbytes,
             "index_bytes": size,
             "build": build,

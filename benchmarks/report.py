@@ -1,4 +1,4 @@
-"""Write the tables of the README and of docs/accelerators.md from the results of the benchmarks.
+"""Write the tables of the README and of pages in docs/ from the results of the benchmarks.
 
 python benchmarks/report.py          rewrites them
 python benchmarks/report.py --check  fails if one is not what the results say
@@ -13,10 +13,11 @@ from typing import Any
 
 import devices
 import paper
+import summary
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/accelerators.md")
+PAGES = ("README.md", "docs/accelerators.md", "docs/measured.md")
 
 
 def _environment(result: dict) -> str:
@@ -390,6 +391,40 @@ TABLES: dict[str, Callable[[dict], str]] = {
 }
 
 
+#: Results behind the table of scale, which is one of several files.
+SCALE = ("streaming", "serving", "sharded")
+
+
+def _scale(streaming: dict, serving: dict, sharded: dict) -> str:
+    built, http = streaming["build"], serving["http"]
+    gigabytes = 1e-9 * built["peak_anonymous_bytes"]
+    lines = [
+        "| what | measured | file |",
+        "|---|---|---|",
+        f"| `build_to_disk` of {streaming['rows']:,} x {streaming['dim']} from a file, "
+        f"{streaming['num_leaves']:,} leaves | {built['seconds']:.0f} s, "
+        f"{built['cpu_seconds']:.0f} CPU s; {gigabytes:.2f} GB of memory of its own at most, "
+        f"{1e-9 * built['peak_resident_bytes']:.1f} GB with pages of files | `streaming.json` |",
+        f"| HTTP service, {http['requests']:,} requests, {http['at_once']} at a time, "
+        f"{serving['rows']:,} rows | {http['requests_a_second']:,.0f} requests a second, "
+        f"{http['milliseconds']['p50']:.0f} ms (median), {http['milliseconds']['p99']:.0f} ms "
+        f"(99 %); {http['wrong']} wrong | `serving.json` |",
+        f"| one query by the exported program, plain XLA or with the compiled kernel; `searcher` "
+        f"| {serving['exported_xla']['cpu_us']:.0f}, {serving['exported_cpu']['cpu_us']:.0f}; "
+        f"{serving['searcher_cpu_us']:.0f} CPU us | `serving.json` |",
+    ]
+    for effort in sharded["efforts"]:
+        each = effort["shards"]
+        counts = ", ".join(str(one["shards"]) for one in each)
+        spent = ", ".join(f"{one['cpu_us']:.0f}" for one in each)
+        lines.append(
+            f"| one query of a batch of {sharded['queries']:,} on {counts} shards, "
+            f"{sharded['rows']:,} rows, {effort['leaves_to_search']} leaves; `search` | {spent}; "
+            f"{effort['search_cpu_us']:.0f} CPU us | `sharded.json` |"
+        )
+    return "\n".join(lines)
+
+
 def _between(text: str, name: str, table: str) -> str:
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     # A page may name the markers of another, within a line.
@@ -404,9 +439,14 @@ def render(text: str) -> str:
     """A page with every table between its markers replaced."""
     if all((RESULTS / f"{name}.json").exists() for name in paper.RESULTS_USED):
         text = _between(text, "paper", paper.table(RESULTS))
+    if all((RESULTS / f"{name}.json").exists() for name in summary.RESULTS_USED):
+        text = _between(text, "summary", summary.table(RESULTS))
     if devices.BASELINE.exists() and devices.ROOFLINE.exists():
         text = _between(text, "devices", devices.table())
         text = _between(text, "mosaic", devices.mosaic())
+    if all((RESULTS / f"{name}.json").exists() for name in SCALE):
+        found = (json.loads((RESULTS / f"{name}.json").read_text()) for name in SCALE)
+        text = _between(text, "scale", _scale(*found))
     for name, table in TABLES.items():
         file = RESULTS / f"{name}.json"
         if file.exists():

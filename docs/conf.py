@@ -48,7 +48,6 @@ nb_execution_cache_path = str(ROOT / "build" / "jupyter_cache")
 nb_execution_timeout = 900
 nb_execution_raise_on_error = True
 nb_merge_streams = True
-suppress_warnings = ["myst.header"]  # sections of the README start at its third level
 
 default_role = "literal"  # single backticks in docstrings are code
 autosummary_generate = False

@@ -151,6 +151,15 @@ def test_a_closed_pipe_is_no_traceback(place):
 # ---- command by command -------------------------------------------------------------------------
 
 
+def test_build_takes_codec_and_scale(place, capsys):
+    options = ["--leaves", "3", "--subspaces", "2", "--codec", "additive", "--scale", "4"]
+    built = [place / "x.fvecs", place / "scaled", *options, "--iterations", "2", "--quiet"]
+    assert called(capsys, "build", *built)[0] == 0
+    index = called(capsys, "info", place / "scaled", "--json")[1]["index"]
+    assert index["codec"]["kind"] == "additive"
+    assert index["tensors"]["levels"]["shape"] == [16]
+
+
 def test_build_takes_metric_and_sizes(place, capsys):
     code, told, _ = called(capsys, "info", place / "tree", "--json")
     assert code == 0

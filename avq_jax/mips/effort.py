@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any, NamedTuple
 
-from avq_jax.checks import as_count
+from avq_jax.checks import as_count, as_recall_target, is_number
 from avq_jax.mips.index import Index
 from xla_kernels import Implementation
 
@@ -51,20 +50,14 @@ def effort_of(
     if 0 < rescore < k:
         raise ValueError(f"rescore must be 0 (off) or at least k = {k}; got {rescore}")
     if adaptive is not None:
-        if not (_is_number(adaptive) and adaptive >= 0):
+        if not (is_number(adaptive) and adaptive >= 0):
             raise ValueError(f"adaptive must be None or a number >= 0; got {adaptive!r}")
         adaptive = float(adaptive)
     retrieve = None
     if overretrieve is not None:
-        if not (_is_number(overretrieve) and 1 <= overretrieve < math.inf):
+        if not (is_number(overretrieve) and 1 <= overretrieve < math.inf):
             raise ValueError(f"overretrieve must be None or a number >= 1; got {overretrieve!r}")
         slots = 0 if index.tree is None else index.tree.packed.slot_rows.shape[0]
         retrieve = max(rescore, math.ceil(min(overretrieve * rescore, slots)))
-    if not (_is_number(recall_target) and 0 < recall_target <= 1):
-        raise ValueError(f"recall_target must be a number in (0, 1]; got {recall_target!r}")
-    target = float(recall_target)
+    target = as_recall_target(recall_target)
     return Effort(k, leaves, rescore, implementation, adaptive, retrieve, target)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -28,6 +28,8 @@ def compiled(case: str, device, b: int, n: int, tpu: bool):
     codes = PackedCodes(data, n, m, k, "nibbles" if narrow else "columns")
     queries, rows = array((b, d)), array((n, d), jnp.bfloat16)
     name = "pallas_tpu" if tpu else "pallas_gpu"
+    if form == "brute":
+        return exact(queries, array((n, d)))
     if form in ("bins", "exact", "tables", "few"):
         factored = (queries, array((m, k, s)))
         tables = array((b, m, k)) if form == "tables" else factored
@@ -66,6 +68,17 @@ def flat(name, tables, codes, target):
         return adc_top_k(tables, codes, K, recall_target=target, implementation=name)
 
     return run.lower(tables, codes).compile()
+
+
+def exact(queries, rows):
+    """The search of all rows that trees are measured by."""
+    import avq_jax
+
+    @jax.jit
+    def run(queries, rows):
+        return tuple(avq_jax.brute_force(queries, rows, k=K, recall_target=0.95))
+
+    return run.lower(queries, rows).compile()
 
 
 def plain(tree, queries, rows):

@@ -46,6 +46,26 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(exact, "_ROW_BLOCK", 1200)
 
 
+class TestRecallTarget:
+    def test_it_is_exact_without_a_tpu(self):
+        q, x = data()
+        wanted = brute_force(q, x, k=9, recall_target=0.9)
+        np.testing.assert_array_equal(wanted.ids, brute_force(q, x, k=9).ids)
+
+    def test_a_tpu_picks_by_partial_reduction(self):
+        def search(q, x):
+            return tuple(brute_force(q, x, k=5, recall_target=0.9))
+
+        arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in data()]
+        lowered = jax.export.export(jax.jit(search), platforms=["tpu"])(*arguments)
+        assert "PartialReduce" in lowered.mlir_module() or "ApproxTopK" in lowered.mlir_module()
+
+    @pytest.mark.parametrize("target", [0, 1.5, True, "most"])
+    def test_what_is_not_a_share_is_refused(self, target):
+        with pytest.raises(ValueError, match="recall_target must be a number"):
+            brute_force(*data(), k=3, recall_target=target)
+
+
 class TestAnswer:
     @pytest.mark.parametrize(
         ("metric", "scores", "ids"),
@@ -384,6 +404,7 @@ def test_memory_does_not_grow_with_the_scores():
         jax.ShapeDtypeStruct((n, d), jnp.float32),
         k=10,
         metric="dot",
+        target=1.0,
     )
     analysis = lowered.compile().memory_analysis()
     assert analysis.temp_size_in_bytes < 40e6  # all scores of 600 queries: 480 MB

@@ -69,6 +69,13 @@ void check_top_k(Pool& pool, int64_t most_rows) {
   a.codes.groups = groups_of(a.codes.layout, a.codes.num_subspaces);
   a.num_queries = up_to(12);
   a.k = 1 + up_to(50);
+  if (up_to(7) == 0) {  // enough rows and queries for a threshold from a sample
+    a.codes.num_rows = 9600 + up_to(3000);
+    a.codes.num_subspaces = up_to(9);
+    a.codes.groups = groups_of(a.codes.layout, a.codes.num_subspaces);
+    a.num_queries = 8 + up_to(4);
+    a.k = 48;
+  }
   a.exact = up_to(4) != 0;
   const int64_t n = a.codes.num_rows, m = a.codes.num_subspaces, k = a.num_codewords;
   std::vector<uint8_t> codes(static_cast<size_t>(n * m));

@@ -228,6 +228,18 @@ class TestCompiled(Suite):
             np.testing.assert_array_equal(alone[0][0], scores[q])
             np.testing.assert_array_equal(alone[1][0], ids[q])
 
+    @pytest.mark.parametrize("leading", [0, 20, 300])
+    def test_thresholds_of_samples(self, leading):
+        """Batches begin with the threshold of a sample, every 32nd block: rows 0 to 31 and on."""
+        rng, tables, codes = problem(16, 12_000, 5, 16, 17)
+        codes[:leading] = 15
+        tables[:, :, 15] = 70  # as good as rows can be, and too few of them where 20 lead
+        self.check(tables, codes, 48)
+        self.check(tables, codes, 60, valid=rng.random(12_000) < 0.7)
+        gain = rng.integers(-3, 4, 12_000).astype(np.float32)
+        offset = rng.integers(-30, 30, 12_000).astype(np.float32)
+        self.check(tables, codes, 60, gain=gain, offset=offset)
+
     def test_recall_target_returns_exact_scores_of_nearly_all_rows(self):
         rng, _, codes = problem(14, 20000, 30, 16, 0)
         tables = rng.normal(size=(3, 30, 16)).astype(np.float32)

@@ -62,8 +62,14 @@ void Collector::start(int64_t k_, int64_t capacity, bool affine_, int32_t width_
   high = affine ? rows + capacity : nullptr;
   size = 0;
   limit = std::min(k + 128, capacity - 64);
-  threshold = INT32_MIN;
+  threshold = expected_ = INT32_MIN;
   float_threshold = -std::numeric_limits<float>::infinity();
+}
+
+void Collector::expect(const Collector& sample) {
+  if (sample.size < sample.k) return;
+  expected_ = kth_largest(sample.low, sample.size, sample.k, 0, count_);
+  raise(expected_);
 }
 
 void Collector::append(const Collector& other) {

@@ -59,6 +59,10 @@ class Collector {
     if (size > limit) shrink();
   }
   void shrink();
+  // Expects k rows that reach what the best rows of a sample reach, and begins with the threshold that
+  // they would set. Until holds_expected() rows may have been left out wrongly.
+  void expect(const Collector& sample);
+  bool holds_expected() const { return count_(low, size, expected_) >= k; }
   // Appends the rows of another collector of the same query; capacity must hold them.
   void append(const Collector& other);
 
@@ -81,6 +85,7 @@ class Collector {
   void shrink_exactly();
   void raise(int32_t kth);
 
+  int32_t expected_ = INT32_MIN;
   float base_ = 0, delta_ = 1;
   const ExactScorer* scorer_ = nullptr;
   CountAtLeast count_ = nullptr;

@@ -56,6 +56,30 @@ inline void collect(const ScanQuery& query, __m512i keys, int64_t row, int64_t n
   if (__builtin_expect(mask != 0, 0)) append(query, keys, mask, row, num_rows);
 }
 
+// The rows of some vectors that pass, of all queries of a scan: vectors at `keys`, query by query.
+__attribute__((noinline)) void append_passing(const ScanQuery* queries, int64_t num_queries,
+                                              const int32_t* keys, int64_t num_vectors, int64_t row,
+                                              int64_t num_rows) {
+  uint32_t passing = 0;
+  for (int64_t q = 0; q < num_queries; ++q) {
+    const __m512i bar = _mm512_set1_epi32(queries[q].collector->threshold);
+    for (int64_t j = 0; j < num_vectors; ++j) {
+      const int64_t at = q * num_vectors + j;
+      const __mmask16 mask = _mm512_cmpgt_epi32_mask(_mm512_load_si512(keys + 16 * at), bar);
+      passing |= static_cast<uint32_t>(mask != 0) << at;
+    }
+  }
+  // A query's second vector may be kept by a threshold that its first has raised since: no harm.
+  for (; passing != 0; passing &= passing - 1) {
+    const int64_t at = __builtin_ctz(passing);
+    const ScanQuery& query = queries[at / num_vectors];
+    const __m512i some = _mm512_load_si512(keys + 16 * at);
+    const __mmask16 mask =
+        _mm512_cmpgt_epi32_mask(some, _mm512_set1_epi32(query.collector->threshold));
+    append(query, some, mask, row + 16 * (at % num_vectors), num_rows);
+  }
+}
+
 __attribute__((noinline)) void append_leveled(const ScanQuery& query, __m512i keys,
                                               const RowTerms& terms, int64_t row, int64_t num_rows) {
   append_affine(query, keys, load_terms(terms, row, num_rows), row, num_rows);
@@ -112,16 +136,35 @@ __attribute__((always_inline)) inline void collect_all(const ScanQuery* queries,
     }
     return;
   }
+  // One test for all rows and queries: most hold none that matters. What passes is kept by a
+  // function of its own, so that here nothing leaves the registers for its sake.
+  if (kQueries == 1) {
+    const __m512i bar = _mm512_set1_epi32(queries[0].collector->threshold);
+    __m512i most = keys[0][0];
+    for (int j = 1; j < kVectors; ++j) most = _mm512_max_epi32(most, keys[0][j]);
+    if (__builtin_expect(_mm512_cmpgt_epi32_mask(most, bar) == 0, 1)) return;
+    UNROLL
+    for (int j = 0; j < kVectors; ++j) collect(queries[0], keys[0][j], row + 16 * j, num_rows);
+    return;
+  }
+  __mmask16 any = 0;
   UNROLL
   for (int q = 0; q < kQueries; ++q) {
-    // One test for all rows: most hold none that matters.
     const __m512i bar = _mm512_set1_epi32(queries[q].collector->threshold);
     __m512i most = keys[q][0];
     for (int j = 1; j < kVectors; ++j) most = _mm512_max_epi32(most, keys[q][j]);
-    if (__builtin_expect(_mm512_cmpgt_epi32_mask(most, bar) == 0, 1)) continue;
-    UNROLL
-    for (int j = 0; j < kVectors; ++j) collect(queries[q], keys[q][j], row + 16 * j, num_rows);
+    any = _kor_mask16(any, _mm512_cmpgt_epi32_mask(most, bar));
   }
+  if (__builtin_expect(any == 0, 1)) return;
+  alignas(64) int32_t stored[kQueries * kVectors * 16];
+  UNROLL
+  for (int q = 0; q < kQueries; ++q) {
+    UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      _mm512_store_si512(stored + (q * kVectors + j) * 16, keys[q][j]);
+    }
+  }
+  append_passing(queries, kQueries, stored, kVectors, row, num_rows);
 }
 
 // kQueries queries share the indices of kBlocks blocks, which never leave the registers.
@@ -172,7 +215,8 @@ void range_dwords(const Codes& codes, const RowTerms& terms, int64_t begin, int6
   // Codes of no subspaces fill no bytes.
   const int64_t ahead = kPrefetchBytes / (64 * codes.groups + 1) + 1;
   const auto soon = [&](int64_t i) {
-    const int64_t later = i + ahead < end ? i + ahead : next + (i + ahead - end);
+    const int64_t past = i + ahead - end;
+    const int64_t later = past < 0 ? i + ahead : next + (past < i - begin ? past : i - begin);
     if (kAffine && terms.level != nullptr) __builtin_prefetch(terms.level + 32 * later);
     return codes.block(later);
   };

@@ -19,6 +19,8 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int64_t kTile = 256;
 // Rows below which a second thread does not pay.
 constexpr int64_t kRowsPerShard = 16384;
+// A sample of the rows is one block in so many.
+constexpr int64_t kSampled = 32;
 
 struct AlignedBytes {
   explicit AlignedBytes(int64_t bytes) : storage(new uint8_t[static_cast<size_t>(bytes) + 64]) {
@@ -158,13 +160,10 @@ class Tile {
     for (int64_t j = from; j < to; ++j) {
       const int64_t q = live_[static_cast<size_t>(j)];
       const TableBounds& bounds = bounds_[static_cast<size_t>(q)];
-      Collector& collector = collectors_[static_cast<size_t>(j * shards_ + shard)];
       ScanQuery& query = queries[static_cast<size_t>(j - from)];
-      const int32_t width = a_.exact ? bounds.width : 0;
-      collector.start(a_.k, capacity_, affine_, width, bounds.base, bounds.delta,
-                      &scorers_[static_cast<size_t>(q)], kernels_.count);
+      query.collector = &collectors_[static_cast<size_t>(j * shards_ + shard)];
+      start(*query.collector, a_.k, q);
       query.table = expanded_.data + q * expanded_bytes_;
-      query.collector = &collector;
       query.valid = valid_of(q);
       // The float score lies within half the width around the centre.
       const float half = 0.5f * static_cast<float>(bounds.width);
@@ -177,8 +176,16 @@ class Tile {
     }
     const int64_t begin = shard * blocks_per_shard_;
     const int64_t end = std::min(begin + blocks_per_shard_, a_.codes.num_blocks());
-    if (begin < end) {
-      kernels_.scan(a_.codes, a_.terms, begin, end, end, stride_, queries.data(), to - from);
+    if (begin >= end) return;
+    const int64_t rank = sampled_rank(to - from, (end - begin) * a_.codes.block_rows());
+    if (rank > 0) expect(from, begin, end, rank, queries);
+    kernels_.scan(a_.codes, a_.terms, begin, end, end, stride_, queries.data(), to - from);
+    if (rank == 0) return;
+    for (int64_t j = from; j < to; ++j) {
+      ScanQuery& query = queries[static_cast<size_t>(j - from)];
+      if (query.collector->holds_expected()) continue;
+      start(*query.collector, a_.k, live_[static_cast<size_t>(j)]);
+      kernels_.scan(a_.codes, a_.terms, begin, end, end, stride_, &query, 1);
     }
   }
 
@@ -228,6 +235,41 @@ class Tile {
   const uint8_t* valid_of(int64_t q) const {
     if (a_.valid_queries == 0) return nullptr;
     return a_.valid + (a_.valid_queries == 1 ? 0 : (first_ + q) * a_.codes.num_rows);
+  }
+  void start(Collector& collector, int64_t k, int64_t q) {
+    const TableBounds& bounds = bounds_[static_cast<size_t>(q)];
+    collector.start(k, capacity_, affine_, a_.exact ? bounds.width : 0, bounds.base, bounds.delta,
+                    &scorers_[static_cast<size_t>(q)], kernels_.count);
+  }
+  // Rank in a sample of one block in kSampled of a score that the k-th best of all rows reaches, but
+  // for one query in ten thousand; 0 where k rows come together too soon for a sample to pay, and for
+  // few queries, which wait for its blocks as long as for many.
+  int64_t sampled_rank(int64_t num_queries, int64_t num_rows) const {
+    if (num_queries < 8 || a_.k < 48 || num_rows < 200 * a_.k) return 0;
+    const double mean = static_cast<double>(a_.k) / kSampled;
+    return static_cast<int64_t>(std::ceil(mean + 4.5 * std::sqrt(mean))) + 1;
+  }
+  // A scan that begins without a threshold keeps about k ln(n / k) rows for a while, and each costs
+  // more than scoring thirty. Here a sample supplies one; should it prove too high, which shows when
+  // fewer than k rows reach it, the scan is repeated without.
+  void expect(int64_t from, int64_t begin, int64_t end, int64_t rank,
+              std::vector<ScanQuery>& queries) {
+    Collector collectors[8];
+    for (size_t first = 0; first < queries.size(); first += 8) {
+      const size_t count = std::min<size_t>(8, queries.size() - first);
+      ScanQuery sampled[8];
+      for (size_t i = 0; i < count; ++i) {
+        sampled[i] = queries[first + i];
+        sampled[i].collector = &collectors[i];
+        start(collectors[i], rank, live_[static_cast<size_t>(from) + first + i]);
+      }
+      for (int64_t block = begin; block < end; block += kSampled) {
+        const int64_t next = block + kSampled < end ? block + kSampled : begin;
+        kernels_.scan(a_.codes, a_.terms, block, block + 1, next, stride_, sampled,
+                      static_cast<int64_t>(count));
+      }
+      for (size_t i = 0; i < count; ++i) queries[first + i].collector->expect(collectors[i]);
+    }
   }
   // Scores rows exactly and writes the best. Rows come roughly in ascending order.
   void write(int64_t q, const int32_t* rows, int64_t size) {
