@@ -131,7 +131,7 @@ axes.grid(alpha=0.3)
 # %% [markdown]
 # ## As a program, with a model before the search
 #
-# The export holds a StableHLO program, its arrays and a loader. Here the model, a linear map, becomes
+# The export holds a StableHLO program, its arrays and a loader. Here the model, one small layer, becomes
 # part of it: the service takes its inputs. A program runs on the platforms it was exported for.
 
 
