@@ -157,9 +157,9 @@ for panel, data_name in zip(panels[0], sets, strict=True):
         bars = panel.bar(places, values, 0.19, label=method)
         panel.bar_label(bars, fmt="%.2f", fontsize=7)
     panel.set_xticks(np.arange(len(BITS)), [f"{bits} bits" for bits in BITS])
-    panel.set(ylabel="recall 1@10", title=data_name.split(",")[0])
+    panel.set(ylabel="recall 1@10", title=data_name)
     panel.margins(y=0.1)
-panels[0, 0].legend(fontsize=8)
+figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
 if SIZE != "tiny":
     for data_name, bits, method in table:
         if method == "score-aware":
