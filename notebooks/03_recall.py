@@ -44,8 +44,8 @@ SIZE = os.environ.get("AVQ_SIZE", "small")  # "tiny" only proves that every cell
 FILE = os.environ.get("AVQ_DATASET", "").split(os.pathsep)[0]  # an ann-benchmarks HDF5 file
 ROWS, QUERIES = {"tiny": (500, 20), "small": (5_000, 500)}[SIZE]
 if FILE:
-    # At most, of a file: so it takes about ten minutes on one core, half of them for additive codes
-    # and LSQ. The README's tables are on all rows.
+    # At most, of a file: even so it takes more than ten minutes on one core, most of them for Figure
+    # 4a. The README's tables are on all rows.
     ROWS, QUERIES = 100_000, 2_000
 ITERATIONS = {"tiny": 2, "small": 15 if FILE else 8}[SIZE]
 LEARNED = 30_000  # rows that codebooks are learned on, at most
