@@ -14,7 +14,7 @@ help:
 	@echo "make lint       lint and types alone"
 	@echo "make sanitize   random shapes through the C++ core under ASan and UBSan"
 	@echo "make neon       the same for 64-bit Arm, cross-compiled and emulated, where the tools are"
-	@echo "make notebooks  run the notebooks; DATASET=FILE.hdf5 for the full size"
+	@echo "make notebooks  run the notebooks; DATASET=FILE.hdf5 (or several) for the full size"
 	@echo "make docs       the documentation site, notebooks run (about 10 minutes on two cores)"
 	@echo "make aot        compile the Pallas kernels for TPUs and an H100, with none attached (Linux)"
 	@echo "make readme     write the README's tables from benchmarks/results"
@@ -91,11 +91,14 @@ $(VENV)/.docs: $(VENV)/.demo
 NOTEBOOKS := $(wildcard notebooks/0*.py)
 COMMIT = $(shell git describe --always --dirty)
 DATASET ?=
+empty :=
+space := $(empty) $(empty)
+FILES = $(subst $(space),:,$(abspath $(DATASET)))
 
 notebooks: $(VENV)/.docs
 	mkdir -p out/notebooks
 	for source in $(NOTEBOOKS); do \
-		AVQ_DATASET=$(abspath $(DATASET)) $(BIN)/jupytext --to ipynb --execute --quiet \
+		AVQ_DATASET=$(FILES) $(BIN)/jupytext --to ipynb --execute --quiet \
 			--update-metadata '{"avq_jax": {"commit": "$(COMMIT)"}}' \
 			--output out/notebooks/$$(basename $$source .py).ipynb $$source || exit 1; \
 	done

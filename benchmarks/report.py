@@ -228,7 +228,9 @@ def _quality(result: dict) -> str:
     for row in sorted(rows, key=lambda row: -row["1@10"]):
         cells = [number(row, *c) for c in (("fit_s", 0), ("encode_s", 1), ("table_us", 1))]
         lines.append(
-            f"| {row['name']} | {row['bits']:g} | {row['1@1']:.3f} | {row['1@10']:.3f} "
+            # ScaNN takes "not a number" for no threshold.
+            f"| {row['name'].replace('T=nan', 'no T')} | {row['bits']:g} | {row['1@1']:.3f} "
+            f"| {row['1@10']:.3f} "
             f"| {row['10@100']:.3f} | {' | '.join(cells)} | {number(row, 'scan_ns', 2)} |"
         )
     if asked:

@@ -9,6 +9,7 @@ import pathlib
 import re
 import sys
 
+import sphinx.util.inspect
 from sphinx.errors import ExtensionError
 
 import avq_jax
@@ -48,6 +49,7 @@ nb_execution_timeout = 900
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
+default_role = "literal"  # single backticks in docstrings are code
 autosummary_generate = False
 autodoc_typehints = "none"  # shapes and dtypes are told in Args, where they can be read
 autodoc_member_order = "bysource"
@@ -55,6 +57,7 @@ python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # likewise
 toc_object_entries_show_parents = "hide"
 
 
@@ -66,12 +69,10 @@ def copy_notebooks():
 
 def escape_bars(app, what, name, obj, options, lines):
     """Norms like ||x|| in running text are not substitutions of reStructuredText."""
-    for i, line in enumerate(lines):
-        if not line.lstrip().startswith(">>>") and ".. math" not in line:
-            parts = re.split(r"(``[^`]*``|:math:`[^`]*`|`[^`]*`)", line)
-            lines[i] = "".join(
-                part if part.startswith(("`", ":")) else part.replace("|", r"\|") for part in parts
-            )
+    kept = r"(``[^`]*``|`[^`]*`|^ *>>>.*$|^ *\.\. math::.*(?:\n(?: +.*)?)*)"  # code and formulas
+    parts = re.split(kept, "\n".join(lines), flags=re.M)
+    parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
+    lines[:] = "".join(parts).split("\n")
 
 
 def skip(app, what, name, obj, skipped, options):
@@ -86,6 +87,9 @@ def shorten(app, what, name, obj, options, signature, annotation):
         return re.sub(r",? ?\*, family='\w+'", "", signature), annotation
     return None
 
+
+# Functions that dispatch on a type would be listed once for each, always with the same arguments.
+sphinx.util.inspect.is_singledispatch_function = lambda obj: False
 
 missing = [
     name for package, _ in reference.PACKAGES.values() for name in reference.undocumented(package)

@@ -175,7 +175,8 @@ def eta(weight: Weight, norm: Real[ArrayLike, "..."], *, dim: int) -> Float[Arra
 
     Raises:
         ValueError: dim < 1; a norm is negative, NaN or infinite; a parameter of the weight is NaN,
-        or p < 0. TypeError: dim not an integer, a parameter not a number.
+            or p < 0.
+        TypeError: dim not an integer, a parameter not a number.
 
     >>> print(f"{eta(Threshold(0.2), 1.0, dim=100):.3f}")
     5.953
@@ -203,8 +204,8 @@ def eta_limit(
         and a zero row has 1, with zero gradient; d = 1 gives 0.
 
     Raises:
-        ValueError: dim < 1; a norm is negative, NaN or infinite; T is NaN. TypeError: dim not an
-        integer.
+        ValueError: dim < 1; a norm is negative, NaN or infinite; T is NaN.
+        TypeError: dim not an integer.
 
     >>> print(f"{eta_limit(0.2, 1.0, dim=100):.3f}")
     4.125
@@ -247,8 +248,8 @@ def scaling(weight: Weight, norms: Real[ArrayLike, " n"], *, dim: int) -> Scalin
 
     Raises:
         ValueError: dim < 1; a norm is negative, NaN or infinite, with the first such row; a
-        parameter of the weight is NaN, or p < 0. TypeError: dim not an integer, a parameter not
-        a number.
+            parameter of the weight is NaN, or p < 0.
+        TypeError: dim not an integer, a parameter not a number.
 
     >>> import jax.numpy as jnp
     >>> weights = scaling(Power(2.0), jnp.array([1.0, 2.0]), dim=100)
