@@ -138,7 +138,7 @@ def adc_case(n, m, batches, k, budget, plain_xla, bits=4):
             "rounded_overlap_with_numpy_adc": round(rounded_overlap, 4),
         }
         if bits == 4:
-            # One 64-byte shuffle a cycle (Zen 4, Ice Lake); processors with two can pass it.
+            # One 64-byte shuffle a cycle (Zen 4, Ice Lake); processors with two (Zen 5) pass it.
             bound = round(-(-m // 4) * 4 / 64 / 3.4, 4)
             row["shuffle_bound_ns_at_3.4_GHz"] = bound
             row["fraction_of_bound"] = round(bound / per["exact"][0], 3)
