@@ -422,6 +422,13 @@ def _scale(streaming: dict, serving: dict, sharded: dict) -> str:
             f"{sharded['rows']:,} rows, {effort['leaves_to_search']} leaves; `search` | {spent}; "
             f"{effort['search_cpu_us']:.0f} CPU us | `sharded.json` |"
         )
+    gains = [found["gain"] for found in sharded["processes"]]
+    if gains:
+        lines.append(
+            "| two processes over loopback, a core and half of the leaves each, wall-clock time of "
+            f"one process over theirs, the four batches above | {', '.join(map(str, gains))} "
+            "| `sharded.json` |"
+        )
     return "\n".join(lines)
 
 
