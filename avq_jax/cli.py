@@ -241,6 +241,12 @@ def _add_build(command: Any) -> None:
         default="float32",
         help="rows kept for exact scores (default: %(default)s)",
     )
+    build.add_argument(
+        "--on-disk",
+        action="store_true",
+        help="read the file piece by piece, for more rows than memory holds; INDEX is a directory, "
+        "and a build that was interrupted goes on where it was",
+    )
     build.add_argument("--ids", metavar="FILE", help="int64 ids of the rows, a .npy of one axis")
     build.add_argument("--iterations", type=_count, default=12, help="default: %(default)s")
     build.add_argument("--seed", type=_from_zero, default=0, help="default: %(default)s")

@@ -71,37 +71,38 @@ def build(args: argparse.Namespace) -> Report:
         ids = None
         if args.ids is not None:
             ids = np.load(args.ids, allow_pickle=False)
+        key = jax.random.key(args.seed)
+        options: dict[str, Any] = {
+            "metric": metric,
+            "num_leaves": args.leaves,
+            "num_subspaces": args.subspaces,
+            "num_codewords": args.codewords,
+            "codec": args.codec,
+            "scale": args.scale,
+            "scanned_dim": args.scanned_dim,
+            "weight": None if args.threshold is None else avq_jax.Threshold(args.threshold),
+            "ids": ids,
+            "rescore_dtype": None if args.rescore_dtype == "none" else args.rescore_dtype,
+            "num_iterations": args.iterations,
+            "progress": _progress(args),
+        }
         start = time.perf_counter()
-        index = avq_jax.build(
-            jax.random.key(args.seed),
-            rows[:],
-            metric=metric,
-            num_leaves=args.leaves,
-            num_subspaces=args.subspaces,
-            num_codewords=args.codewords,
-            codec=args.codec,
-            scale=args.scale,
-            scanned_dim=args.scanned_dim,
-            weight=None if args.threshold is None else avq_jax.Threshold(args.threshold),
-            ids=ids,
-            rescore_dtype=None if args.rescore_dtype == "none" else args.rescore_dtype,
-            num_iterations=args.iterations,
-            progress=_progress(args),
-        )
-        jax.block_until_ready(index)
+        if args.on_disk:
+            avq_jax.build_to_disk(key, rows, args.index, **options)
+        else:
+            index = jax.block_until_ready(avq_jax.build(key, rows[:], **options))
         seconds = time.perf_counter() - start
         skipped = len(rows.malformed)
-    avq_jax.save(index, args.index)
+    values: dict[str, Any] = {"index": args.index, "seconds": seconds, "skipped_lines": skipped}
+    lines = []
+    if not args.on_disk:
+        avq_jax.save(index, args.index)
+        memory = index.bytes_per_row
+        values["bytes_per_row"] = {**memory._asdict(), "total": memory.total}
+        lines = [str(index), str(memory)]
     told = describe(args.index)
-    memory = index.bytes_per_row
-    values = {
-        "index": args.index, "seconds": seconds, "skipped_lines": skipped,
-        "bytes_per_row": {**memory._asdict(), "total": memory.total}, **told,
-    }  # fmt: skip
-    text = (
-        f"{index}\n{memory}\n"
-        f"built in {seconds:.1f} s, saved to {args.index} ({_size(told['bytes'])})"
-    )
+    lines.append(f"built in {seconds:.1f} s, saved to {args.index} ({_size(told['bytes'])})")
+    text, values = "\n".join(lines), {**values, **told}
     return Report(values, text + (f"\nskipped {skipped} malformed lines" if skipped else ""))
 
 

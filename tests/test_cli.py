@@ -160,6 +160,15 @@ def test_build_takes_codec_and_scale(place, capsys):
     assert index["tensors"]["levels"]["shape"] == [16]
 
 
+def test_build_reads_piece_by_piece(place, capsys):
+    options = ["--on-disk", "--leaves", "3", "--iterations", "2", "--quiet"]
+    code, text, _ = called(capsys, "build", place / "x.fvecs", place / "pieces", *options)
+    assert code == 0
+    assert "built in" in text
+    index = avq_jax.load(place / "pieces")
+    assert (index.num_rows, index.num_leaves) == (400, 3)
+
+
 def test_build_takes_metric_and_sizes(place, capsys):
     code, told, _ = called(capsys, "info", place / "tree", "--json")
     assert code == 0

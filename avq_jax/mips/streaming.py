@@ -90,7 +90,7 @@ def build_to_disk(
     stretches, where ``build`` draws from all. ``balance`` is left out: its leaves depend on all
     rows at once. Memory does not grow with the rows,
     but for 24 bytes a row where ``ids`` are given: it holds some copies of the sample and of a
-    chunk in float32 (825 MB at most, Python and JAX included, were measured for 10^6 x 96 rows
+    chunk in float32 (790 MB at most, Python and JAX included, were measured for 10^7 x 96 rows
     in one leaf each and the sizes of the defaults). A build that ends early leaves
     ``<path>.partial``; called again with the same arguments it goes on after the last chunk that
     the disk has.
