@@ -20,6 +20,12 @@ from avq_jax.mips.rescoring import store_rows
 from .conftest import LEAVES, SIZES, D, N
 
 
+@pytest.fixture(scope="module")
+def spilled(rows):
+    """An index whose rows lie in two leaves each."""
+    return avq_jax.build(jax.random.key(0), rows, soar_lambda=1.0, **SIZES)
+
+
 def mesh_of(*shape, axes=("shards", "queries")):
     devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
     return Mesh(devices, axes[: len(shape)])
@@ -62,8 +68,15 @@ def test_queries_over_another_axis(index, queries):
     assert avq_jax.search_sharded(parts, queries[:0], **options).ids.shape == (0, 5)
 
 
-@pytest.mark.parametrize("rescore", [40, 0])
-@pytest.mark.parametrize("metric", ["dot", "l2"])
+@pytest.mark.parametrize(
+    ("metric", "rescore"),
+    [
+        ("dot", 40),
+        ("l2", 0),
+        pytest.param("dot", 0, marks=pytest.mark.full),
+        pytest.param("l2", 40, marks=pytest.mark.full),
+    ],
+)
 def test_gradients(indexes, queries, metric, rescore):
     parts = avq_jax.shard(indexes[metric], mesh_of(3), axis="shards")
     options = {"k": 3, "leaves_to_search": 4, "rescore": rescore}
@@ -84,22 +97,27 @@ def test_gradients(indexes, queries, metric, rescore):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("leaves", ["near", "spread"])
-@pytest.mark.parametrize("implementation", ["xla", None])
-def test_options_of_search(rows, queries, leaves, implementation, options):
-    """Rows lie in two leaves, of two devices."""
-    index = avq_jax.build(jax.random.key(0), rows, soar_lambda=1.0, **SIZES)
-    parts = avq_jax.shard(index, mesh_of(3), axis="shards", leaves=leaves)
+@pytest.mark.parametrize(
+    ("leaves", "implementation"),
+    [
+        ("near", "xla"),
+        ("spread", None),
+        pytest.param("near", None, marks=pytest.mark.full),
+        pytest.param("spread", "xla", marks=pytest.mark.full),
+    ],
+)
+def test_options_of_search(spilled, queries, leaves, implementation, options):
+    parts = avq_jax.shard(spilled, mesh_of(3), axis="shards", leaves=leaves)
     options = {"k": 5, "leaves_to_search": LEAVES, "rescore": 40, **options}
     options["implementation"] = implementation
-    one = avq_jax.search(index, queries, **options)
+    one = avq_jax.search(spilled, queries, **options)
     many = avq_jax.search_sharded(parts, queries, **options)
     assert_same(many, one)
     if "adaptive" in options:
         # It is not the search without.
         less = {**options, "adaptive": 0.0}
         assert_same(
-            avq_jax.search_sharded(parts, queries, **less), avq_jax.search(index, queries, **less)
+            avq_jax.search_sharded(parts, queries, **less), avq_jax.search(spilled, queries, **less)
         )
 
 
