@@ -9,6 +9,7 @@ import pathlib
 import re
 import sys
 
+import jupytext
 import sphinx.util.inspect
 from sphinx.errors import ExtensionError
 
@@ -33,7 +34,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "myst_nb",
 ]
-exclude_patterns = ["conf.py", "reference.py"]
+exclude_patterns = ["conf.py", "reference.py", "files"]
 html_theme = "furo"
 html_title = "avq_jax"
 html_static_path = ["_static"]
@@ -62,9 +63,15 @@ toc_object_entries_show_parents = "hide"
 
 
 def copy_notebooks():
-    """Sphinx reads only below this folder."""
+    """Sphinx reads only below this folder; what readers run is a file beside the pages."""
     for source in sorted((ROOT / "notebooks").glob("[0-9]*.py")):
-        reference.write(HERE / "notebooks" / source.name, source.read_text())
+        text = source.read_text()
+        reference.write(HERE / "notebooks" / source.name, text)
+        notebook = jupytext.reads(text, fmt="py:percent")
+        for number, cell in enumerate(notebook.cells):
+            cell["id"] = f"cell-{number}"  # the same in every build
+        plain = jupytext.writes(notebook, fmt="ipynb")
+        reference.write(HERE / "files" / f"{source.stem}.ipynb", plain)
 
 
 def escape_bars(app, what, name, obj, options, lines):
