@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 EFFORTS = (30, 150)
@@ -148,13 +149,11 @@ def by_shards(args: argparse.Namespace, index: Any, queries: Any) -> list[dict[s
         options = {"k": 10, "leaves_to_search": leaves, "rescore": 100}
         some = jax.numpy.asarray(queries[:count])
         kinds = [(how, shards) for how in ("near", "spread") for shards in SHARDS]
-        calls: list[Callable[[], Any]] = [lambda: avq_jax.search(index, some, **options)]  # noqa: B023
+        calls: list[Callable[[], Any]] = [partial(avq_jax.search, index, some, **options)]
         for how, shards in kinds:
             mesh = Mesh(np.array(jax.devices()[:shards]), ("shards",))
             parts = avq_jax.shard(index, mesh, axis="shards", leaves=how)
-            calls.append(
-                lambda parts=parts: avq_jax.search_sharded(parts, some, **options)  # noqa: B023
-            )
+            calls.append(partial(avq_jax.search_sharded, parts, some, **options))
         ids = [np.asarray(call().ids) for call in calls]
         times = times_of(calls, time.process_time, args.rounds)
         plain, *times = (round(float(np.median(own)) / count, 1) for own in times)

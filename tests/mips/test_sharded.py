@@ -121,6 +121,18 @@ def test_options_of_search(spilled, queries, leaves, implementation, options):
         )
 
 
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_ties_beyond_the_candidates(indexes, queries, metric):
+    """All rows score 0 for a zero query, far more than are rescored: the lowest come first."""
+    parts = avq_jax.shard(indexes[metric], mesh_of(3), axis="shards")
+    asked = np.concatenate([np.zeros((1, D), np.float32), queries[:2]])
+    options = {"k": 5, "leaves_to_search": LEAVES, "rescore": 40}
+    assert_same(
+        avq_jax.search_sharded(parts, asked, **options),
+        avq_jax.search(indexes[metric], asked, **options),
+    )
+
+
 def test_leaves_are_shared_out_evenly():
     rng = np.random.default_rng(0)
     vectors, sizes = rng.standard_normal((400, 5)), rng.integers(1, 20, 400)

@@ -54,7 +54,8 @@ void places_of(const CandidateArguments& a, int64_t q, std::vector<int32_t>& key
                                                      kNothing + 1)
                                           : kNothing + 1;
   size_t count = 0;
-  if (a.keep >= a.retrieve) {
+  const auto passing = static_cast<size_t>(kernels()->count(keys.data(), a.size, bar));
+  if (a.keep >= a.retrieve && passing <= width) {
     for (size_t i = 0; i < size && count < width; ++i) {
       out[count] = static_cast<int32_t>(i);
       count += keys[i] >= bar;
@@ -63,6 +64,11 @@ void places_of(const CandidateArguments& a, int64_t q, std::vector<int32_t>& key
     found.clear();
     for (size_t i = 0; i < size; ++i) {
       if (keys[i] >= bar) found.push_back({best_key(scores[i], rows[i]), static_cast<int32_t>(i)});
+    }
+    if (a.keep >= a.retrieve) {  // more that equal the last than there is room for: the lowest rows
+      std::nth_element(found.begin(), found.begin() + static_cast<int64_t>(width), found.end());
+      for (; count < width; ++count) out[count] = found[count].place;
+      return;
     }
     std::sort(found.begin(), found.end());
     count = std::min(width, distinct(found.data(), found.size(), static_cast<size_t>(a.keep)));

@@ -16,7 +16,7 @@ struct CandidateArguments {
   // keep >= retrieve all of them, copies too and in no order.
   int64_t retrieve = 0;
   int64_t keep = 0;
-  int64_t width = 0;              // places to fill; equals beyond it are cut
+  int64_t width = 0;              // places to fill; equals beyond it are cut, the highest rows first
   int32_t* places = nullptr;      // [num_queries, width] of the kept in a query's list, -1 for none
 };
 

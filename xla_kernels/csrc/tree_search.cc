@@ -561,6 +561,15 @@ class Worker {
     int64_t written = 0;
     if (a_.last) {
       if (size > 0) scores[written++] = estimate(search, bar);
+    } else if (scan_.count(c.low, size, bar) > a_.k) {
+      // More that equal the last than there is room for: the lowest rows.
+      scratch_.best.clear();
+      for (int64_t i = 0; i < size; ++i) {
+        const int32_t row = a_.slot_rows[c.rows[i]];
+        if (c.low[i] >= bar && row >= 0) scratch_.best.push_back(best_key(estimate(search, c.low[i]), row));
+      }
+      written = std::min(a_.k, static_cast<int64_t>(scratch_.best.size()));
+      write_best(scratch_.best.data(), static_cast<int64_t>(scratch_.best.size()), a_.k, scores, rows);
     } else {
       for (int64_t i = 0; i < size && written < a_.k; ++i) {
         const int32_t row = a_.slot_rows[c.rows[i]];
