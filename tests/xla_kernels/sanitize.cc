@@ -70,12 +70,18 @@ void check_top_k(Pool& pool, int64_t most_rows) {
   a.codes.groups = groups_of(a.codes.layout, a.codes.num_subspaces);
   a.num_queries = up_to(12);
   a.k = 1 + up_to(50);
-  if (up_to(7) == 0) {  // enough rows and queries for a threshold from a sample
-    a.codes.num_rows = 9600 + up_to(3000);
+  const bool many = up_to(5) == 0;  // enough rows and queries for a threshold from a sample
+  const bool plain = many && up_to(1) == 0;
+  if (plain) {  // rows are flagged first, where the level does that
+    a.codes.layout = Layout::kDwords;
+    a.num_codewords = 1 + up_to(15);
+  }
+  if (many) {
+    a.codes.num_rows = 9600 + up_to(6000);
     a.codes.num_subspaces = up_to(9);
     a.codes.groups = groups_of(a.codes.layout, a.codes.num_subspaces);
-    a.num_queries = 8 + up_to(4);
-    a.k = 48;
+    a.num_queries = plain ? 1 + up_to(11) : 8 + up_to(4);
+    a.k = plain ? 1 + up_to(47) : 48;
   }
   a.exact = up_to(4) != 0;
   const int64_t n = a.codes.num_rows, m = a.codes.num_subspaces, k = a.num_codewords;
@@ -94,9 +100,9 @@ void check_top_k(Pool& pool, int64_t most_rows) {
   std::vector<float> gain(static_cast<size_t>(n)), offset(static_cast<size_t>(n));
   for (auto& g : gain) g = normal(random_bits);
   for (auto& o : offset) o = up_to(50) == 0 ? NAN : normal(random_bits);
-  if (up_to(1) != 0 && n > 0) a.terms.gain = gain.data();
-  if (up_to(1) != 0 && n > 0) a.terms.offset = offset.data();
-  a.valid_queries = n == 0 ? 0 : up_to(2) == 0 ? a.num_queries : up_to(1);
+  if (!plain && up_to(1) != 0 && n > 0) a.terms.gain = gain.data();
+  if (!plain && up_to(1) != 0 && n > 0) a.terms.offset = offset.data();
+  a.valid_queries = n == 0 || plain ? 0 : up_to(2) == 0 ? a.num_queries : up_to(1);
   std::vector<uint8_t> valid(static_cast<size_t>(a.valid_queries * n));
   for (auto& v : valid) v = up_to(2) != 0;
   a.valid = valid.data();

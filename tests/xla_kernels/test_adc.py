@@ -231,14 +231,30 @@ class TestCompiled(Suite):
     @pytest.mark.parametrize("leading", [0, 20, 300])
     def test_thresholds_of_samples(self, leading):
         """Batches begin with the threshold of a sample, every 32nd block: rows 0 to 31 and on."""
-        rng, tables, codes = problem(16, 12_000, 5, 16, 17)
+        rng, tables, codes = problem(16, 13_000, 5, 16, 17)
         codes[:leading] = 15
         tables[:, :, 15] = 70  # as good as rows can be, and too few of them where 20 lead
         self.check(tables, codes, 48)
-        self.check(tables, codes, 60, valid=rng.random(12_000) < 0.7)
-        gain = rng.integers(-3, 4, 12_000).astype(np.float32)
-        offset = rng.integers(-30, 30, 12_000).astype(np.float32)
+        self.check(tables, codes, 60, valid=rng.random(13_000) < 0.7)
+        gain = rng.integers(-3, 4, 13_000).astype(np.float32)
+        offset = rng.integers(-30, 30, 13_000).astype(np.float32)
         self.check(tables, codes, 60, gain=gain, offset=offset)
+
+    @pytest.mark.parametrize("k", [16, 9])
+    def test_plain_4_bit_codes_of_many_rows(self, k):
+        """Rows are flagged first, then scored: batches of 8, 4, 2 and 1, ties, a sample that misleads."""
+        rng, tables, codes = problem(17, 30_011, 6, k, 15)
+        for results in (1, 10, 100):
+            self.check(tables, codes, results)
+        self.check(tables[:1], codes, 50)
+        self.check(np.full_like(tables[:3], 7), codes, 20)
+        self.check(rng.normal(size=tables.shape).astype(np.float32), codes, 100)
+        tables[:, :, k - 1] = 70
+        codes[np.arange(30_011) // 32 % 8 == 0] = k - 1  # the best rows are those of a sample
+        self.check(tables, codes, 100)
+        codes[5000:] = 0  # and far fewer than expected
+        codes[:40] = k - 1
+        self.check(tables, codes, 100)
 
     def test_recall_target_returns_exact_scores_of_nearly_all_rows(self):
         rng, _, codes = problem(14, 20000, 30, 16, 0)

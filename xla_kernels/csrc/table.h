@@ -23,6 +23,8 @@ struct TableBounds {
   float base = 0;
   float delta = 1;
   int32_t width = 0;
+  // What rounding takes from a sum on average over all codes, in units of delta.
+  float lost = 0;
   // Finite: all entries are. Otherwise the query has no results.
   bool finite = true;
   // Bounded: sums of entries cannot overflow float32. Otherwise rows are scored exactly, one by one.

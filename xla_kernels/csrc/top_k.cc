@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "collector.h"
+#include "flagged.h"
 #include "table.h"
 
 namespace xla_kernels {
@@ -132,6 +133,8 @@ class Tile {
         std::min(blocks_per_shard_ * a_.codes.block_rows(), a_.codes.num_rows);
     capacity_ = Collector::capacity_for(a_.k, rows_per_shard);
     affine_ = a_.terms.gain != nullptr || a_.terms.offset != nullptr;
+    flagged_ = !affine_ && a_.valid_queries == 0 &&
+               can_flag(a_.codes, blocks_per_shard_, a_.k, kernels_);
   }
 
   int64_t shards() const { return shards_; }
@@ -152,10 +155,24 @@ class Tile {
                       expanded_.data + q * expanded_bytes_);
       live_.push_back(q);
     }
-    collectors_.resize(live_.size() * static_cast<size_t>(shards_));
+    const size_t scans = live_.size() * static_cast<size_t>(shards_);
+    if (!flagged_) {
+      collectors_.resize(scans);
+      return;
+    }
+    found_.resize(scans);
+    if (a_.num_codewords == 16) return;
+    padded_.resize(live_.size() * static_cast<size_t>(a_.codes.num_subspaces) * 16);
+    for (size_t j = 0; j < live_.size(); ++j) {
+      pad_table(table_of(live_[j]), a_.codes.num_subspaces, a_.num_codewords, padded_of(j));
+    }
   }
 
   void scan(int64_t shard, int64_t from, int64_t to) {
+    const int64_t begin = shard * blocks_per_shard_;
+    const int64_t end = std::min(begin + blocks_per_shard_, a_.codes.num_blocks());
+    if (begin >= end) return;
+    if (flagged_) return scan_flags(shard, from, to, begin, end);
     std::vector<ScanQuery> queries(static_cast<size_t>(to - from));
     for (int64_t j = from; j < to; ++j) {
       const int64_t q = live_[static_cast<size_t>(j)];
@@ -174,9 +191,6 @@ class Tile {
       query.error = bounds.width == 0 && !affine_ ? 0.0f
                     : a_.exact ? bounds.delta * half * 1.000001f + rounding : 0.0f;
     }
-    const int64_t begin = shard * blocks_per_shard_;
-    const int64_t end = std::min(begin + blocks_per_shard_, a_.codes.num_blocks());
-    if (begin >= end) return;
     const int64_t rank = sampled_rank(to - from, (end - begin) * a_.codes.block_rows());
     if (rank > 0) expect(from, begin, end, rank, queries);
     kernels_.scan(a_.codes, a_.terms, begin, end, end, stride_, queries.data(), to - from);
@@ -192,6 +206,7 @@ class Tile {
   // Exact scores of the rows that any shard kept, and the k best of them.
   void finish(int64_t j) {
     const int64_t q = live_[static_cast<size_t>(j)];
+    if (flagged_) return write_found(j);
     Collector* parts = &collectors_[static_cast<size_t>(j * shards_)];
     if (shards_ == 1) {
       parts[0].shrink();
@@ -229,6 +244,31 @@ class Tile {
   int64_t num_live() const { return static_cast<int64_t>(live_.size()); }
 
  private:
+  void scan_flags(int64_t shard, int64_t from, int64_t to, int64_t begin, int64_t end) {
+    // One shard after another, queries side by side.
+    FlaggedQuery* found = &found_[static_cast<size_t>(shard * num_live() + from)];
+    for (int64_t j = from; j < to; ++j) {
+      const int64_t q = live_[static_cast<size_t>(j)];
+      const float* table = padded_.empty() ? table_of(q) : padded_of(static_cast<size_t>(j));
+      found[j - from].start(a_.codes, expanded_.data + q * expanded_bytes_, table,
+                            bounds_[static_cast<size_t>(q)], a_.k, a_.exact, kernels_);
+    }
+    scan_flagged(a_.codes, begin, end, a_.k, found, to - from, kernels_);
+  }
+  void write_found(int64_t j) {
+    std::vector<uint64_t> keys;
+    for (int64_t s = 0; s < shards_; ++s) {
+      const FlaggedQuery& found = found_[static_cast<size_t>(s * num_live() + j)];
+      for (int64_t i = 0; i < found.size(); ++i) {
+        keys.push_back(best_key(from_ordered(found.keys()[i]), found.rows()[i]));
+      }
+    }
+    const int64_t at = (first_ + live_[static_cast<size_t>(j)]) * a_.k;
+    write_best(keys.data(), static_cast<int64_t>(keys.size()), a_.k, a_.scores + at, a_.ids + at);
+  }
+  float* padded_of(size_t j) {
+    return padded_.data() + j * static_cast<size_t>(a_.codes.num_subspaces) * 16;
+  }
   const float* table_of(int64_t q) const {
     return a_.tables + (first_ + q) * a_.codes.num_subspaces * a_.num_codewords;
   }
@@ -293,8 +333,10 @@ class Tile {
   std::vector<Scorer> scorers_;
   std::vector<int64_t> live_;
   std::vector<Collector> collectors_;
+  std::vector<FlaggedQuery> found_;
+  std::vector<float> padded_;  // tables of fewer than 16 codewords
   int64_t shards_ = 1, blocks_per_shard_ = 1, capacity_ = 0;
-  bool affine_ = false;
+  bool affine_ = false, flagged_ = false;
 };
 
 }  // namespace
