@@ -28,6 +28,7 @@ struct Sample {
   static Sample of(int64_t blocks, int64_t k) {
     int64_t step = 32;
     while (step > 8 && !Sample(step, k).fits(blocks)) step /= 2;
+    while (step < 256 && blocks / step > 512 && Sample(2 * step, k).fits(blocks)) step *= 2;
     return Sample(step, k);
   }
 };
@@ -82,7 +83,8 @@ void scan(const Codes& codes, int64_t begin, int64_t end, const Sample* sample,
           FlaggedQuery* queries, int64_t num_queries, const Kernels& kernels) {
   std::vector<const uint8_t*> tables(static_cast<size_t>(num_queries));
   for (int64_t q = 0; q < num_queries; ++q) tables[static_cast<size_t>(q)] = queries[q].expanded();
-  const int64_t most = 1 + kPieceBytes / (codes.groups * 64 + 1);
+  const int64_t piece_bytes = num_queries == 1 ? 2 * kPieceBytes : kPieceBytes;
+  const int64_t most = 1 + piece_bytes / (codes.groups * 64 + 1);
   // Without a sample the first piece is short: all of its rows pass.
   int64_t piece = std::min<int64_t>(most, 4);
   if (sample != nullptr) {

@@ -62,9 +62,9 @@ struct Kernels {
   void (*maxima)(const Codes& codes, int64_t begin, int64_t end, int64_t step, int64_t together,
                  const uint8_t* const* tables, int64_t num_queries, int32_t* out, int64_t stride) = nullptr;
   // The blocks of [begin, end) of which some sum is above its query's threshold: their numbers, and a
-  // byte for each of their 32 rows with the bits of those queries. For one query: the first of two
-  // blocks, and a bit for each of 64 rows. Returns how many. Thresholds are at least -1; rows beyond
-  // the last are rows here.
+  // byte for each of their 32 rows with the bits of those queries. Of one query 64-bit words instead,
+  // a bit for each row from the block's first on. Returns how many; the lists have room for all blocks
+  // (flags: 32 bytes each, aligned to 8). Thresholds are at least -1; rows beyond the last are rows.
   int64_t (*flag)(const Codes& codes, int64_t begin, int64_t end, int64_t next,
                   const uint8_t* const* tables, const int32_t* thresholds, int64_t num_queries,
                   uint8_t* flags, int32_t* found) = nullptr;
