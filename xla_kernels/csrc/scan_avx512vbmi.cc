@@ -46,6 +46,17 @@ __attribute__((always_inline)) inline __m512i largest(const __m512i (&keys)[kVec
   return most;
 }
 
+// Appends the lanes of a mask whose rows may be returned. A whole vector is stored: make_room() leaves
+// space for it.
+__attribute__((always_inline)) inline void store_kept(const ScanQuery& query, __mmask16 mask,
+                                                      __m512i keys, int64_t row, int64_t num_rows) {
+  Collector& out = *query.collector;
+  mask &= valid_mask(query, row, num_rows);
+  _mm512_storeu_si512(out.low + out.size, _mm512_maskz_compress_epi32(mask, keys));
+  store_rows(out, mask, row);
+  out.size += _mm_popcnt_u32(mask);
+}
+
 // Keeps the rows that pass, once some do. Nothing is called while the sums are in registers; of two
 // vectors of a query both are stored, the second over the lanes that the first left unused.
 template <int kQueries, int kVectors>
@@ -55,21 +66,16 @@ __attribute__((always_inline)) inline void keep_passing(const ScanQuery* queries
                                                         int32_t (&threshold)[kQueries]) {
   UNROLL
   for (int q = 0; q < kQueries; ++q) {
-    Collector& out = *queries[q].collector;
     const __m512i bar = _mm512_set1_epi32(threshold[q]);
     UNROLL
     for (int j = 0; j < kVectors; j += 2) {
-      __mmask16 mask[2] = {};
-      for (int h = 0; h < 2 && j + h < kVectors; ++h) {
-        mask[h] = _mm512_cmpgt_epi32_mask(keys[q][j + h], bar);
-      }
-      if (_kortestz_mask16_u8(mask[0], mask[1])) continue;
-      for (int h = 0; h < 2 && j + h < kVectors; ++h) {
-        const int64_t first = row + 16 * (j + h);
-        const __mmask16 kept = mask[h] & valid_mask(queries[q], first, num_rows);
-        _mm512_storeu_si512(out.low + out.size, _mm512_maskz_compress_epi32(kept, keys[q][j + h]));
-        store_rows(out, kept, first);
-        out.size += _mm_popcnt_u32(kept);
+      constexpr int kMore = kVectors > 1 ? 1 : 0;
+      const __mmask16 low = _mm512_cmpgt_epi32_mask(keys[q][j], bar);
+      const __mmask16 high = kMore != 0 ? _mm512_cmpgt_epi32_mask(keys[q][j + kMore], bar) : 0;
+      if (_kortestz_mask16_u8(low, high)) continue;
+      store_kept(queries[q], low, keys[q][j], row + 16 * j, num_rows);
+      if (kMore != 0) {
+        store_kept(queries[q], high, keys[q][j + kMore], row + 16 * (j + kMore), num_rows);
       }
     }
   }
@@ -77,6 +83,37 @@ __attribute__((always_inline)) inline void keep_passing(const ScanQuery* queries
     queries[q].collector->make_room();
     threshold[q] = queries[q].collector->threshold;
   }
+}
+
+// Keeps the rows of one query that pass, without asking whether any does: an answer that nobody could
+// foresee costs more.
+template <int kVectors>
+__attribute__((always_inline)) inline void keep_always(const ScanQuery& query,
+                                                       const __m512i (&keys)[kVectors], int64_t row,
+                                                       int64_t num_rows, int32_t& threshold) {
+  Collector& out = *query.collector;
+  const __m512i bar = _mm512_set1_epi32(threshold);
+  const bool whole = row + 16 * kVectors <= num_rows;
+  int64_t size = out.size;
+  UNROLL
+  for (int j = 0; j < kVectors; ++j) {
+    const int64_t first = row + 16 * j;
+    __mmask16 kept = _mm512_cmpgt_epi32_mask(keys[j], bar);
+    if (!whole) {
+      kept &= valid_mask(query, first, num_rows);
+    } else if (query.valid != nullptr) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(query.valid + first));
+      kept &= _mm_test_epi8_mask(bytes, bytes);
+    }
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(first)), lanes);
+    _mm512_storeu_si512(out.low + size, _mm512_maskz_compress_epi32(kept, keys[j]));
+    _mm512_storeu_si512(out.rows + size, _mm512_maskz_compress_epi32(kept, ids));
+    size += _mm_popcnt_u32(kept);
+  }
+  out.size = size;
+  out.make_room();
+  threshold = out.threshold;
 }
 
 __attribute__((noinline)) void append_leveled(const ScanQuery& query, __m512i keys,
@@ -196,15 +233,19 @@ __attribute__((always_inline)) inline void sum_dwords(const Codes& codes, int64_
   }
 }
 
-template <int kQueries, int kBlocks, bool kAffine>
+template <int kQueries, int kBlocks, bool kAffine, bool kAlone>
 __attribute__((always_inline)) inline void scan_dwords(const Codes& codes, const RowTerms& terms,
                                                        int64_t i, const uint8_t* soon,
                                                        const ScanQuery* queries,
                                                        Local<kQueries>& local) {
   __m512i sums[kQueries][2 * kBlocks];
   sum_dwords<kQueries, kBlocks>(codes, i, soon, local, sums);
-  collect_all<kQueries, 2 * kBlocks, kAffine>(queries, sums, terms, i * 32, codes.num_rows,
-                                              local.threshold);
+  if constexpr (kAlone && !kAffine) {
+    keep_always(queries[0], sums[0], i * 32, codes.num_rows, local.threshold[0]);
+  } else {
+    collect_all<kQueries, 2 * kBlocks, kAffine>(queries, sums, terms, i * 32, codes.num_rows,
+                                                local.threshold);
+  }
 }
 
 // Codes of no subspaces fill no bytes.
@@ -218,15 +259,10 @@ inline int64_t later_block(int64_t i, int64_t ahead, int64_t begin, int64_t end,
   return past < 0 ? past + end : next + (past < i - begin ? past : i - begin);
 }
 
-template <int kQueries, int kBlocks, bool kAffine>
+template <int kQueries, int kBlocks, bool kAffine, bool kAlone>
 void range_dwords(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
                   int64_t next, const ScanQuery* queries) {
   const int64_t ahead = blocks_ahead(codes, kPrefetchBytes);
-  const auto soon = [&](int64_t i) {
-    const int64_t later = later_block(i, ahead, begin, end, next);
-    if (kAffine && terms.level != nullptr) __builtin_prefetch(terms.level + 32 * later);
-    return codes.block(later);
-  };
   Local<kQueries> local;
   for (int q = 0; q < kQueries; ++q) {
     local.table[q] = static_cast<const uint8_t*>(queries[q].table);
@@ -235,9 +271,16 @@ void range_dwords(const Codes& codes, const RowTerms& terms, int64_t begin, int6
   }
   int64_t i = begin;
   for (; i + kBlocks <= end; i += kBlocks) {
-    scan_dwords<kQueries, kBlocks, kAffine>(codes, terms, i, soon(i), queries, local);
+    const int64_t later = later_block(i, ahead, begin, end, next);
+    if (kAffine && terms.level != nullptr) __builtin_prefetch(terms.level + 32 * later);
+    if constexpr (kAlone) {
+      if (queries[0].valid != nullptr) __builtin_prefetch(queries[0].valid + 32 * later);
+    }
+    scan_dwords<kQueries, kBlocks, kAffine, kAlone>(codes, terms, i, codes.block(later), queries, local);
   }
-  for (; i < end; ++i) scan_dwords<kQueries, 1, kAffine>(codes, terms, i, soon(i), queries, local);
+  for (; i < end; ++i) {
+    scan_dwords<kQueries, 1, kAffine, kAlone>(codes, terms, i, codes.block(i), queries, local);
+  }
 }
 
 template <int kStride>
@@ -307,11 +350,12 @@ void scan_bytes(const Codes& codes, const RowTerms& terms, int64_t i, const Scan
   collect_all<kQueries, 4, kAffine>(queries, keys, terms, i * 64, codes.num_rows, threshold);
 }
 
-template <int kQueries, bool kAffine>
+template <int kQueries, bool kAffine, bool kAlone = false>
 void scan_range(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
                 int64_t next, int64_t stride, const ScanQuery* queries) {
   if (codes.layout == Layout::kDwords) {
-    range_dwords<kQueries, (kQueries == 1 ? 2 : 1), kAffine>(codes, terms, begin, end, next, queries);
+    constexpr int kBlocks = kQueries == 1 ? 2 : 1;
+    range_dwords<kQueries, kBlocks, kAffine, kAlone>(codes, terms, begin, end, next, queries);
     return;
   }
   for (int64_t i = begin; i < end; ++i) {
@@ -330,14 +374,21 @@ void scan_all(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t 
               int64_t stride, const ScanQuery* queries, int64_t num_queries) {
   // Eight queries share a piece of the codes that stays in the second-level cache.
   const int64_t piece = 1 + (256 << 10) / (codes.groups * 64 + 1);
-  for (int64_t from = begin; from < end; from += piece) {
-    const int64_t to = from + piece < end ? from + piece : end;
+  for (int64_t from = begin, to; from < end; from = to) {
+    to = from + piece < end ? from + piece : end;
     const int64_t then = to < end ? to : next;
+    const auto some = [&](auto range, int64_t q) {
+      range(codes, terms, from, to, then, stride, queries + q);
+    };
+    if (num_queries == 1) {
+      some(scan_range<1, kAffine, true>, 0);
+      continue;
+    }
     int64_t q = 0;
-    for (; q + 8 <= num_queries; q += 8) scan_range<8, kAffine>(codes, terms, from, to, then, stride, queries + q);
-    for (; q + 4 <= num_queries; q += 4) scan_range<4, kAffine>(codes, terms, from, to, then, stride, queries + q);
-    for (; q + 2 <= num_queries; q += 2) scan_range<2, kAffine>(codes, terms, from, to, then, stride, queries + q);
-    for (; q < num_queries; ++q) scan_range<1, kAffine>(codes, terms, from, to, then, stride, queries + q);
+    for (; q + 8 <= num_queries; q += 8) some(scan_range<8, kAffine>, q);
+    for (; q + 4 <= num_queries; q += 4) some(scan_range<4, kAffine>, q);
+    for (; q + 2 <= num_queries; q += 2) some(scan_range<2, kAffine>, q);
+    for (; q < num_queries; ++q) some(scan_range<1, kAffine>, q);
   }
 }
 
