@@ -471,10 +471,10 @@ int64_t flag_of(const Codes& codes, int64_t begin, int64_t end, int64_t next,
     local.shift[q] = -thresholds[q] - 1;
   }
   const int64_t ahead = blocks_ahead(codes, kPrefetchBytes);
-  const auto soon = [&](int64_t i) { return codes.block(later_block(i, ahead, begin, end, next)); };
-  int64_t num_found = 0, i = begin;
-  for (; i < end; ++i) {
-    num_found = flag_dwords<kQueries>(codes, i, soon(i), local, flags, found, num_found);
+  int64_t num_found = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const uint8_t* soon = codes.block(later_block(i, ahead, begin, end, next));
+    num_found = flag_dwords<kQueries>(codes, i, soon, local, flags, found, num_found);
   }
   return num_found;
 }
