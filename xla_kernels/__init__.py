@@ -22,7 +22,7 @@ from .tree_search.effort import SURE_LEAVES as SURE_LEAVES
 from .tree_search.packed import PackedTree as PackedTree
 from .tree_search.packed import pack_tree as pack_tree
 from .tree_search.packed import slots_per_block as slots_per_block
-from .tree_search.parts import best_places as best_places
+from .tree_search.parts import best_candidates as best_candidates
 from .tree_search.parts import tree_candidates as tree_candidates
 from .tree_search.parts import tree_floor as tree_floor
 from .tree_search.parts import tree_leaves as tree_leaves

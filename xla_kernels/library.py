@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 
 #: Must equal `xla_kernels_abi` of csrc/ffi_adc.cc: a library of another version is not used.
-ABI = 4
+ABI = 5
 
 #: FFI targets, each a C symbol of the same name.
 TARGETS = (
@@ -30,7 +30,7 @@ TARGETS = (
     "xla_kernels_tree_search",
     "xla_kernels_tree_leaves",
     "xla_kernels_tree_scan",
-    "xla_kernels_best_places",
+    "xla_kernels_best_candidates",
     "xla_kernels_dot_top_k",
     "xla_kernels_rescore_top_k",
     "xla_kernels_additive",

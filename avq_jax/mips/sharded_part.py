@@ -15,7 +15,7 @@ from avq_jax.mips.searcher import probes_of, result_of
 from xla_kernels import (
     SURE_LEAVES,
     PackedTree,
-    best_places,
+    best_candidates,
     highest_estimates,
     rescore_top_k,
     tree_candidates,
@@ -26,8 +26,9 @@ from xla_kernels import (
 
 __all__ = ["Part"]
 
-# Leaves of a query that are scanned before the others, for a bar that candidates must reach.
-_FIRST = 2
+# Candidates that leaves should hold, times those that are kept, which are scanned before the others
+# for a bar that candidates must reach.
+_ENOUGH = 4
 
 
 class Part(NamedTuple):
@@ -107,12 +108,14 @@ class Part(NamedTuple):
 
     def _floor(self, seen: Array, leaves: Array, effort: Effort) -> Array | None:
         """What candidates must reach by the best leaves, so that others need not look below."""
-        if self.shards == 1 or leaves.shape[1] <= 2 * _FIRST:
+        slots = self.packed.slot_rows.shape[0] * self.shards // self.packed.centroids.shape[0]
+        first = -(-_ENOUGH * self.kept // max(1, slots))
+        if self.shards == 1 or leaves.shape[1] <= 2 * first:
             return None
         floor = tree_floor(
             self.packed,
             seen,
-            leaves[:, :_FIRST],
+            leaves[:, :first],
             retrieve=self.kept,
             implementation=effort.implementation,
         )
@@ -146,10 +149,7 @@ class Part(NamedTuple):
         self, scores: Array, rows: Array, effort: Effort, *, retrieve: int, keep: int, k: int
     ) -> tuple[Array, Array]:
         by = effort.implementation
-        place = best_places(scores, rows, retrieve=retrieve, keep=keep, k=k, implementation=by)
-        found, place = place >= 0, jnp.maximum(place, 0)
-        scores, rows = (jnp.take_along_axis(a, place, axis=1) for a in (scores, rows))
-        return jnp.where(found, scores, -jnp.inf), jnp.where(found, rows, -1)
+        return best_candidates(scores, rows, retrieve=retrieve, keep=keep, k=k, implementation=by)
 
     def _likely(
         self, seen: Array, mine: Array, leaves: Array, effort: Effort, deviations: float
@@ -182,7 +182,6 @@ class Part(NamedTuple):
         return jax.lax.all_gather(a, self.axis, tiled=True)
 
     def _to_own(self, a: Array) -> Array:
-        """``[b, r]`` on each device to what all have for its own queries, ``[b', count r]``."""
-        r = a.shape[1]
-        a = jax.lax.all_to_all(a.reshape(self.shards, -1, r), self.axis, 0, 0)
-        return a.transpose(1, 0, 2).reshape(-1, self.shards * r)
+        """``[b, r]`` on each device to what all have for its own queries, ``[shards, b', r]``."""
+        a = a.reshape(self.shards, -1, a.shape[1])
+        return jax.lax.all_to_all(a, self.axis, 0, 0)

@@ -338,34 +338,29 @@ void check_parts(TreeSearchArguments a, Pool& pool) {
     for (int32_t& l : some) l = l % 2 == half ? l : -1;
     a.chosen = some.data();
     candidates(part, part_rows);
-    for (int64_t q = 0; q < b; ++q) {
-      const auto to = (2 * q + half) * width;
-      std::copy_n(part.begin() + q * width, width, joined.begin() + to);
-      std::copy_n(part_rows.begin() + q * width, width, joined_rows.begin() + to);
-    }
+    std::copy_n(part.begin(), b * width, joined.begin() + half * b * width);
+    std::copy_n(part_rows.begin(), b * width, joined_rows.begin() + half * b * width);
   }
   CandidateArguments c;
   c.scores = joined.data();
   c.rows = joined_rows.data();
   c.num_queries = b;
-  c.size = 2 * width;
+  c.parts = 2;
+  c.size = width;
   c.retrieve = a.retrieve;
   c.keep = up_to(1) == 0 ? a.retrieve : 1 + up_to(10);
   c.width = c.keep < c.retrieve ? c.keep : width;
-  std::vector<int32_t> places(static_cast<size_t>(b * c.width));
-  c.places = places.data();
-  best_places(c, pool);
+  std::vector<float> best(static_cast<size_t>(b * c.width));
+  std::vector<int32_t> best_rows(best.size());
+  c.best_scores = best.data();
+  c.best_rows = best_rows.data();
+  best_candidates(c, pool);
   // Of other codes a query that holds too many within the rounding of its table compares them exactly,
   // and a part of the leaves holds fewer.
   const bool alike = a.num_codewords == 16 || a.codes.num_rows <= 128;
   for (int64_t q = 0; q < b && c.keep >= c.retrieve && alike; ++q) {
-    std::vector<float> one(whole.begin() + q * width, whole.begin() + (q + 1) * width), two;
-    for (int64_t i = 0; i < c.width; ++i) {
-      const int32_t at = places[static_cast<size_t>(q * c.width + i)];
-      if (at < -1 || at >= c.size) fail("parts: a place out of range");
-      two.push_back(at < 0 ? -std::numeric_limits<float>::infinity()
-                           : joined[static_cast<size_t>(2 * q * width + at)]);
-    }
+    std::vector<float> one(whole.begin() + q * width, whole.begin() + (q + 1) * width);
+    std::vector<float> two(best.begin() + q * c.width, best.begin() + (q + 1) * c.width);
     std::sort(one.begin(), one.end());
     std::sort(two.begin(), two.end());
     if (one != two) fail("parts: other candidates");

@@ -242,7 +242,7 @@ class TestCompiled(Suite):
 
     @pytest.mark.parametrize("k", [16, 9])
     def test_plain_4_bit_codes_of_many_rows(self, k):
-        """Rows are flagged first, then scored: batches of 8, 4, 2 and 1, ties, a sample that misleads."""
+        """Rows are flagged first: batches of 8, 4, 2 and 1, ties, a sample that misleads."""
         rng, tables, codes = problem(17, 30_011, 6, k, 15)
         for results in (1, 10, 100):
             self.check(tables, codes, results)

@@ -209,9 +209,9 @@ GOOD = {
         {"scores": ((2, 9), F32), "ids": ((2, 9), I32)},
         {"layout": np.int32(1), "retrieve": np.int64(5), "last": np.bool_(False)},
     ),
-    "best_places": (
-        {"scores": ((2, 9), F32), "rows": ((2, 9), I32)},
-        {"places": ((2, 4), I32)},
+    "best_candidates": (
+        {"scores": ((3, 2, 9), F32), "rows": ((3, 2, 9), I32)},
+        {"best_scores": ((2, 4), F32), "best_rows": ((2, 4), I32)},
         {"retrieve": np.int64(4), "keep": np.int64(4)},
     ),
 }
@@ -347,10 +347,11 @@ BAD = {
         {"retrieve": np.int64(-1)},
         {"retrieve": np.int64(0), "last": np.bool_(True)},
     ],
-    "best_places": [
-        {"scores": (2, 8)},
-        {"rows": (3, 9)},
-        {"places": (3, 4)},
+    "best_candidates": [
+        {"scores": (3, 2, 8)},
+        {"rows": (2, 2, 9)},
+        {"best_scores": (3, 4)},
+        {"best_rows": (2, 5)},
         {"retrieve": np.int64(0)},
         {"keep": np.int64(0)},
     ],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from xla_kernels import (
-    best_places,
+    best_candidates,
     library,
     tree_candidates,
     tree_floor,
@@ -26,10 +26,10 @@ def implementation(request):
     return request.param
 
 
-def chosen_rows(found, **options):
-    scores, rows = found
-    place = np.asarray(best_places(scores, rows, **options))
-    return [sorted(r[p[p >= 0]].tolist()) for r, p in zip(np.asarray(rows), place, strict=True)]
+def chosen_rows(parts, **options):
+    scores, rows = (jnp.stack(lists) for lists in zip(*parts, strict=True))
+    _, rows = best_candidates(scores, rows, **options)
+    return [sorted(r[r >= 0].tolist()) for r in np.asarray(rows)]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -54,7 +54,7 @@ class TestParts:
         leaves = tree_leaves(tree, queries, leaves_to_search=4, **by)
         whole = tree_candidates(tree, queries, leaves, retrieve=30, **by)
         choice = {"retrieve": 30, "keep": 30, **by}
-        wanted = chosen_rows(whole, **choice)
+        wanted = chosen_rows([whole], **choice)
         assert all(len(some) >= 30 for some in wanted)
         floor = tree_floor(tree, queries, leaves[:, :1], retrieve=30, **by)
         some = [
@@ -63,8 +63,7 @@ class TestParts:
             )
             for i, f in ((0, None), (1, floor))
         ]
-        joined = [jnp.concatenate(lists, axis=1) for lists in zip(*some, strict=True)]
-        assert chosen_rows(joined, **choice) == wanted
+        assert chosen_rows(some, **choice) == wanted
 
     def test_gradients_and_vmap(self, form, implementation):
         if form:
@@ -106,24 +105,47 @@ def test_a_floor_is_the_last_of_the_best():
 @pytest.mark.parametrize(("retrieve", "keep"), [(10, 10), (10, 4), (60, 7), (60, 60)])
 def test_the_best_of_lists(compiled, retrieve, keep):
     rng = np.random.default_rng(0)
-    scores = rng.standard_normal((40, 50)).astype(np.float32)
-    rows = rng.integers(-1, 30, (40, 50)).astype(np.int32)
-    scores[3] = -np.inf
+    scores = rng.standard_normal((5, 40, 10)).astype(np.float32)
+    rows = rng.integers(-1, 30, (5, 40, 10)).astype(np.int32)
+    scores[:, 3] = -np.inf
+    scores[2, 4] = np.nan
     options = {"retrieve": retrieve, "keep": keep}
-    one, two = (
-        np.asarray(best_places(scores, rows, implementation=name, **options))
+    found = {
+        name: [np.asarray(a) for a in best_candidates(scores, rows, implementation=name, **options)]
         for name in ("cpu", "xla")
-    )
-    assert one.shape == two.shape
-    if keep >= retrieve:
-        one, two = np.sort(one, axis=1), np.sort(two, axis=1)
-    np.testing.assert_array_equal(one, two)
-    for s, r, places in zip(scores, rows, two, strict=True):
-        order = [i for i in np.argsort(-s, kind="stable") if r[i] >= 0 and s[i] > -np.inf]
-        order = order[:retrieve]
-        if keep < retrieve:
-            order = [i for n, i in enumerate(order) if r[i] not in r[order[:n]]][:keep]
-        assert sorted(places[places >= 0]) == sorted(order)
+    }
+    for name, (best, best_rows) in found.items():
+        assert best.shape == best_rows.shape == found["cpu"][0].shape
+        for q in range(40):
+            s, r = scores[:, q].ravel(), rows[:, q].ravel()
+            order = [i for i in np.argsort(-s, kind="stable") if r[i] >= 0 and s[i] > -np.inf]
+            order = order[:retrieve]
+            if keep < retrieve:
+                order = [i for n, i in enumerate(order) if r[i] not in r[order[:n]]][:keep]
+            there = best_rows[q] >= 0
+            got = list(zip(best[q][there], best_rows[q][there], strict=True))
+            want = list(zip(s[order], r[order], strict=True))
+            assert (got if keep < retrieve else sorted(got, reverse=True)) == want, name
+            assert (best[q][~there] == -np.inf).all()
+
+
+@pytest.mark.parametrize("keep", [4, 10])
+def test_gradients_of_the_best_of_lists(implementation, keep):
+    rng = np.random.default_rng(1)
+    scores = rng.standard_normal((3, 6, 10)).astype(np.float32)
+    rows = np.broadcast_to(rng.integers(-1, 20, (6, 10)), (3, 6, 10)).astype(np.int32)
+
+    def kept(scores):
+        found = best_candidates(scores, rows, retrieve=10, keep=keep, implementation=implementation)
+        return jnp.where(found[1] >= 0, found[0], 0) ** 2
+
+    got = jax.grad(lambda s: jnp.sum(kept(s)))(jnp.asarray(scores))
+    values = np.asarray(kept(scores))
+    for q in range(6):
+        want = np.sort(values[q][values[q] > 0])
+        place = np.asarray(got[:, q]) != 0
+        np.testing.assert_allclose(got[:, q][place], 2 * scores[:, q][place], rtol=1e-6)
+        np.testing.assert_allclose(np.sort(scores[:, q][place] ** 2), want, rtol=1e-6)
 
 
 def test_arguments():
@@ -134,7 +156,8 @@ def test_arguments():
         (lambda: tree_candidates(tree, queries, leaves, retrieve=0), "retrieve and k must be"),
         (lambda: tree_candidates(tree, queries, leaves[:3], retrieve=5), "leaves must be int32"),
         (lambda: tree_floor(tree, queries, leaves, retrieve=0), "retrieve must be"),
-        (lambda: best_places(queries, leaves, retrieve=1, keep=0), "retrieve and keep must be"),
+        (lambda: best_candidates(queries, leaves, retrieve=1, keep=0), "retrieve and keep must be"),
+        (lambda: best_candidates(queries, leaves, retrieve=1, keep=1), "must be .p, b, c."),
         (
             lambda: tree_search(tree, queries, k=1, leaves_to_search=2, leaves=leaves, rescore=5),
             "with rows",

@@ -107,8 +107,8 @@ def adc_top_k(
       gain: ``float[n]`` or None, factor of a row's sum.
       offset: ``float[n]`` or None, added to a row's sum.
       valid: ``bool[n]`` or ``bool[b, n]`` or None: rows that may be returned.
-      recall_target: 1.0 gives exactly the best rows. Below 1, the compiled kernel may miss rows that
-        its 8-bit tables round down by more than usual (scores stay exact for returned rows);
+      recall_target: 1.0 gives exactly the best rows. Below 1, the compiled kernel may miss rows
+        that its 8-bit tables round down by more than usual (scores stay exact for those returned);
         the Pallas kernels keep the best row of each bin, of as many bins as that expected recall
         takes for rows in random order.
       implementation: None (the fastest here that is exact), ``"xla"``, ``"cpu"``, ``"reference"``,

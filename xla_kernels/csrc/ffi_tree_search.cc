@@ -274,27 +274,31 @@ ffi::Error TreeScan(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries,
   return ffi::Error::Success();
 }
 
-ffi::Error BestPlaces(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> scores,
-                      ffi::Buffer<ffi::S32> rows, ffi::Result<ffi::Buffer<ffi::S32>> places,
-                      int64_t retrieve, int64_t keep) {
+ffi::Error BestCandidates(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> scores,
+                          ffi::Buffer<ffi::S32> rows, ffi::Result<ffi::Buffer<ffi::F32>> best_scores,
+                          ffi::Result<ffi::Buffer<ffi::S32>> best_rows, int64_t retrieve,
+                          int64_t keep) {
   CandidateArguments a;
-  const auto shape = scores.dimensions(), out = places->dimensions();
-  XLA_KERNELS_REQUIRE(shape.size() == 2 && rows.dimensions() == shape,
-                      "scores and rows must be [b, n], got " + shape_of(scores) + " and " +
+  const auto shape = scores.dimensions(), out = best_scores->dimensions();
+  XLA_KERNELS_REQUIRE(shape.size() == 3 && rows.dimensions() == shape,
+                      "scores and rows must be [p, b, n], got " + shape_of(scores) + " and " +
                           shape_of(rows));
-  XLA_KERNELS_REQUIRE(out.size() == 2 && out[0] == shape[0] && shape[1] <= INT32_MAX,
-                      "places must be int32[b, w], got " + shape_of(*places));
+  XLA_KERNELS_REQUIRE(out.size() == 2 && out[0] == shape[1] && best_rows->dimensions() == out,
+                      "results must be [b, w], got " + shape_of(*best_scores) + " and " +
+                          shape_of(*best_rows));
   XLA_KERNELS_REQUIRE(retrieve >= 1 && keep >= 1, "retrieve and keep must be at least 1");
   a.scores = scores.typed_data();
   a.rows = rows.typed_data();
-  a.num_queries = shape[0];
-  a.size = shape[1];
+  a.parts = shape[0];
+  a.num_queries = shape[1];
+  a.size = shape[2];
   a.retrieve = retrieve;
   a.keep = keep;
   a.width = out[1];
-  a.places = places->typed_data();
+  a.best_scores = best_scores->typed_data();
+  a.best_rows = best_rows->typed_data();
   XlaPool pool(threads);
-  best_places(a, pool);
+  best_candidates(a, pool);
   return ffi::Error::Success();
 }
 
@@ -376,11 +380,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_kernels_tree_scan, TreeScan,
                                   .Attr<int64_t>("retrieve")
                                   .Attr<bool>("last"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_kernels_best_places, BestPlaces,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_kernels_best_candidates, BestCandidates,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::S32>>()
                                   .Attr<int64_t>("retrieve")
                                   .Attr<int64_t>("keep"));

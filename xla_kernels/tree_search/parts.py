@@ -150,7 +150,7 @@ def tree_candidates(
     return run(tree, queries, leaves, floor, effort=effort, width=width)
 
 
-def best_places(
+def best_candidates(
     scores: Any,
     rows: Any,
     *,
@@ -158,12 +158,12 @@ def best_places(
     keep: int,
     k: int = 1,
     implementation: str | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Choose among candidates of several parts of a tree, as a search of the whole would.
 
     Args:
-      scores: ``float32[b, c]``.
-      rows: ``int32[b, c]``, -1 for none.
+      scores: ``float32[p, b, c]``, lists of p parts.
+      rows: ``int32[p, b, c]``, -1 for none.
       retrieve: of so many of the best,
       keep: the best distinct rows, best first; where ``keep >= retrieve`` all, copies of rows too
         and in any order, and those that equal the last where the compiled kernel chooses.
@@ -171,53 +171,84 @@ def best_places(
       implementation: ``"cpu"``; None for that where it runs; any other means plain XLA.
 
     Returns:
-      Places in the lists of candidates, ``int32[b, w]``, -1 where there are fewer; w is ``keep``
-      where ``keep < retrieve``.
+      Scores ``float32[b, w]`` and rows ``int32[b, w]``, -inf and -1 where there are fewer; w is
+      ``keep`` where ``keep < retrieve``.
 
     Raises:
-      ValueError: ``retrieve`` or ``keep`` below 1.
+      ValueError: ``retrieve`` or ``keep`` below 1, lists of another shape.
+
+    Gradients are those of the scores kept, with respect to ``scores``.
 
     Example:
       >>> import numpy as np
-      >>> scores = np.array([[1.0, 3.0, 2.0, 3.0]], np.float32)
-      >>> best_places(scores, np.array([[4, 5, 6, 5]], np.int32), retrieve=4, keep=2).tolist()
-      [[1, 2]]
+      >>> scores = np.array([[[1.0, 3.0]], [[2.0, 3.0]]], np.float32)
+      >>> rows = np.array([[[4, 5]], [[6, 5]]], np.int32)
+      >>> best_candidates(scores, rows, retrieve=4, keep=2)[1].tolist()
+      [[5, 6]]
     """
     if retrieve < 1 or keep < 1:
         raise ValueError(f"retrieve and keep must be at least 1; got {retrieve} and {keep}")
-    scores, rows = jax.lax.stop_gradient((jnp.asarray(scores), jnp.asarray(rows)))
+    scores, rows = jnp.asarray(scores), jnp.asarray(rows)
+    if scores.ndim != 3 or scores.shape != rows.shape:
+        raise ValueError(f"scores and rows must be [p, b, c]; got {scores.shape} and {rows.shape}")
+    parts, b, size = scores.shape
     most = max(retrieve, 2 * k) if keep >= retrieve else retrieve
-    width = keep if keep < retrieve else min(most + _EQUALS, scores.shape[1])
+    width = keep if keep < retrieve else min(most + _EQUALS, parts * size)
 
-    def compiled(scores: jax.Array, rows: jax.Array) -> jax.Array:
-        return ffi_call(
-            "xla_kernels_best_places",
-            jax.ShapeDtypeStruct((scores.shape[0], width), jnp.int32),
-            *(scores, rows),
-            vmap_method="sequential",
-            retrieve=np.int64(retrieve),
-            keep=np.int64(keep),
+    def compiled(scores: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = (
+            jax.ShapeDtypeStruct((b, width), jnp.float32),
+            jax.ShapeDtypeStruct((b, width), jnp.int32),
+        )
+        return tuple(
+            ffi_call(
+                "xla_kernels_best_candidates",
+                out,
+                *(scores, rows),
+                vmap_method="sequential",
+                retrieve=np.int64(retrieve),
+                keep=np.int64(keep),
+            )
         )
 
-    def plain(scores: jax.Array, rows: jax.Array) -> jax.Array:
+    def plain(scores: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         more = keep if keep < retrieve else most
-        return _places_by_xla(scores, rows, retrieve=most, keep=more, width=width)
+        lists = (a.swapaxes(0, 1).reshape(b, parts * size) for a in (scores, rows))
+        return _best_by_xla(*lists, retrieve=most, keep=more, width=width)
 
     name = implementations.resolve(implementation if implementation in (None, "cpu") else "xla")
-    return implementations.choose(name, compiled, plain, scores, rows)
+
+    @jax.custom_jvp
+    def best(scores: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return implementations.choose(name, compiled, plain, scores, rows)
+
+    @best.defjvp
+    def best_jvp(primals: Any, tangents: Any) -> Any:
+        out = best(*primals)
+        flat, flat_rows, change = (
+            a.swapaxes(0, 1).reshape(b, parts * size) for a in (*primals, tangents[0])
+        )
+        # A score kept is the best of its row, and that of the first such place.
+        same = (out[1][:, :, None] == flat_rows[:, None]) & (out[0][:, :, None] == flat[:, None])
+        change = jnp.take_along_axis(change, jnp.argmax(same, axis=2), axis=1)
+        none = np.zeros(out[1].shape, jax.dtypes.float0)
+        return out, (jnp.where(out[1] >= 0, change, 0), none)
+
+    return best(scores, rows)
 
 
-def _places_by_xla(
+def _best_by_xla(
     scores: jax.Array, rows: jax.Array, *, retrieve: int, keep: int, width: int
-) -> jax.Array:
-    """`best_places` without those that equal the last."""
-    scores = jnp.where(rows >= 0, scores, -jnp.inf)
-    place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    less, rows, place = jax.lax.sort((-scores, rows, place), num_keys=2)
-    less, rows, place = (a[:, : min(retrieve, a.shape[1])] for a in (less, rows, place))
+) -> tuple[jax.Array, jax.Array]:
+    """`best_candidates` without those that equal the last."""
+    less, rows = jax.lax.sort((jnp.where(rows >= 0, -scores, jnp.inf), rows), num_keys=2)
+    less, rows = (a[:, : min(retrieve, a.shape[1])] for a in (less, rows))
     kept = less < jnp.inf
     if keep < retrieve:
         kept = kept & jax.vmap(lambda r: xla.first_distinct(r, keep))(rows)
-    _, place = jax.lax.sort((~kept, jnp.where(kept, place, -1)), num_keys=1, is_stable=True)
-    pad = ((0, 0), (0, max(0, width - place.shape[1])))
-    return jnp.pad(place, pad, constant_values=-1)[:, :width]
+    _, less, rows = jax.lax.sort((~kept, less, rows), num_keys=1, is_stable=True)
+    place = jax.lax.broadcasted_iota(jnp.int32, kept.shape, 1)
+    kept = place < jnp.sum(kept, axis=1, keepdims=True)
+    pad = ((0, 0), (0, max(0, width - rows.shape[1])))
+    scores = jnp.pad(jnp.where(kept, -less, -jnp.inf), pad, constant_values=-jnp.inf)
+    return scores[:, :width], jnp.pad(jnp.where(kept, rows, -1), pad, constant_values=-1)[:, :width]
