@@ -144,21 +144,22 @@ def by_shards(args: argparse.Namespace, index: Any, queries: Any) -> list[dict[s
 
     import avq_jax
 
+    parts = {}
+    for how in args.leaves:
+        for shards in SHARDS:
+            mesh = Mesh(np.array(jax.devices()[:shards]), ("shards",))
+            parts[how, shards] = avq_jax.shard(index, mesh, axis="shards", leaves=how)
     found = []
     for leaves, count in ((e, b) for e in EFFORTS for b in BATCHES):
         options = {"k": 10, "leaves_to_search": leaves, "rescore": 100}
         some = jax.numpy.asarray(queries[:count])
-        kinds = [(how, shards) for how in ("near", "spread") for shards in SHARDS]
         calls: list[Callable[[], Any]] = [partial(avq_jax.search, index, some, **options)]
-        for how, shards in kinds:
-            mesh = Mesh(np.array(jax.devices()[:shards]), ("shards",))
-            parts = avq_jax.shard(index, mesh, axis="shards", leaves=how)
-            calls.append(partial(avq_jax.search_sharded, parts, some, **options))
+        calls += [partial(avq_jax.search_sharded, own, some, **options) for own in parts.values()]
         ids = [np.asarray(call().ids) for call in calls]
         times = times_of(calls, time.process_time, args.rounds)
         plain, *times = (round(float(np.median(own)) / count, 1) for own in times)
         effort = {**options, "queries": count, "search_cpu_us": plain, "shards": []}
-        for (how, shards), us, own in zip(kinds, times, ids[1:], strict=True):
+        for (how, shards), us, own in zip(parts, times, ids[1:], strict=True):
             row = {
                 "leaves": how,
                 "shards": shards,
@@ -177,6 +178,7 @@ def main() -> None:
 
     parser = record.arguments(__doc__.splitlines()[0], rows=0, rounds=15, repeats=3)
     parser.add_argument("--index", default=None, help="a saved index of the data set")
+    parser.add_argument("--leaves", nargs="+", default=["near", "spread"], help="of `shard`")
     parser.add_argument("--process", type=int, default=None, help="number of this process")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--core", type=int, default=0)

@@ -22,6 +22,8 @@ constexpr int64_t kTile = 512;
 // they decide which others are scanned, every query scans a few more.
 constexpr int64_t kFirst = 2;
 constexpr int64_t kSure = 4;
+// Slots of a leaf that are scanned for a floor, times those that are kept.
+constexpr int64_t kFloorSlots = 16;
 // Norm of the integer query. With vectors of norm <= 32000 sums stay below 2^30.
 constexpr float kQueryNorm = 32000.0f;
 constexpr int64_t kPrefetchRows = 12;
@@ -401,13 +403,21 @@ class Worker {
     query.addend = 0;
   }
 
+  // Where a scan of a leaf ends. A floor is worth some slots a query, not all of a large leaf: they
+  // are read for this query alone.
+  int64_t end_of(int64_t leaf) const {
+    if (!a_.last) return a_.starts[leaf + 1];
+    const int64_t blocks = kFloorSlots * a_.retrieve / a_.codes.block_rows() + 1;
+    return std::min<int64_t>(a_.starts[leaf + 1], a_.starts[leaf] + blocks);
+  }
+
   // Some leaves of one query, from one place in their order to another.
   void scan_some(Search& search, size_t begin, size_t end) {
     for (size_t i = begin; i < end; ++i) {
       const Leaf& leaf = search.leaves[i];
       set_leaf(search.query, leaf.score);
       const int64_t next = a_.starts[search.leaves[i + 1 < end ? i + 1 : i].number];
-      scan_.scan(a_.codes, terms_, a_.starts[leaf.number], a_.starts[leaf.number + 1], next, stride_,
+      scan_.scan(a_.codes, terms_, a_.starts[leaf.number], end_of(leaf.number), next, stride_,
                  &search.query, 1);
     }
   }
@@ -484,7 +494,7 @@ class Worker {
         scratch_.batch.push_back(scratch_.searches[static_cast<size_t>(visit.search)].query);
         set_leaf(scratch_.batch.back(), visit.score);
       }
-      scan_.scan(a_.codes, terms_, a_.starts[l], a_.starts[l + 1], a_.starts[l + 1], stride_,
+      scan_.scan(a_.codes, terms_, a_.starts[l], end_of(l), end_of(l), stride_,
                  scratch_.batch.data(), static_cast<int64_t>(scratch_.batch.size()));
     }
   }

@@ -78,7 +78,7 @@ struct TreeSearchArguments {
   // more that equal the last as k has room for: their rows, and those estimates.
   bool candidates = false;
   // With candidates: only the estimate of the last of the `retrieve` best, into [num_queries, k], or
-  // -inf where there are fewer.
+  // -inf where there are fewer. Of a large leaf not all slots are scanned.
   bool last = false;
   // Estimates [num_queries] below which slots need not be found, or null.
   const float* floor = nullptr;

@@ -85,8 +85,9 @@ def tree_floor(
       interpret: as of `tree_search`.
 
     Returns:
-      ``float32[b]`` the estimate of the last of the ``retrieve`` best slots of these leaves, by the
-      compiled kernel; -inf by others, which gain nothing from it, and where there are fewer slots.
+      ``float32[b]`` the estimate of the last of the ``retrieve`` best slots of these leaves, of
+      large ones of their first ``16 retrieve``, by the compiled kernel; -inf by others, which gain
+      nothing from it, and where there are fewer slots.
 
     Raises:
       ValueError: ``retrieve`` below 1, or an implementation that cannot run.
