@@ -1,6 +1,10 @@
 """Sharded search: total CPU time a query by shards, and wall-clock time of one and two processes.
 
     python benchmarks/bench_sharded.py --dataset glove.hdf5
+    python benchmarks/bench_sharded.py --synthetic 10000000
+
+The second makes rows and queries as `bench_streaming.py` does and builds from a file, with int8 rows
+for exact scores; it takes 10 GB of disk for a while and as much memory.
 
 Shards are host devices of one process that share the CPU, pinned to one core, so ``cpu_us`` is the
 CPU time of all of them together, not latency; ways to share leaves out and numbers of shards take
@@ -44,6 +48,35 @@ def times_of(
             jax.block_until_ready(call())
             own.append((clock() - start) * 1e6)
     return times
+
+
+def synthetic(rows: int, folder: pathlib.Path) -> tuple[str, str]:
+    """A file of rows and queries, and an index of the rows."""
+    import bench_streaming
+    import h5py
+    import jax
+    import numpy as np
+
+    import avq_jax
+
+    path = folder / f"mixture_{rows}.hdf5"
+    rng = np.random.default_rng(0)
+    centers = rng.standard_normal((1000, 96), np.float32)
+    with h5py.File(path, "w") as file:
+        train = file.create_dataset("train", (rows, 96), np.float32)
+        for begin in range(0, rows, 65_536):
+            some = bench_streaming.mixture(rng, centers, min(65_536, rows - begin))
+            train[begin : begin + len(some)] = some
+        file["test"] = bench_streaming.mixture(rng, centers, 4096)
+        avq_jax.build_to_disk(
+            jax.random.key(0),
+            train,
+            folder / "index",
+            metric="cosine",
+            rescore_dtype="int8",
+            progress=True,
+        )
+    return str(path), str(folder / "index")
 
 
 def queries_of(path: str) -> Any:
@@ -176,20 +209,33 @@ def by_shards(args: argparse.Namespace, index: Any, queries: Any) -> list[dict[s
 def main() -> None:
     import record
 
-    parser = record.arguments(__doc__.splitlines()[0], rows=0, rounds=15, repeats=3)
+    parser = record.arguments(__doc__.splitlines()[0], dataset=False, rows=0, rounds=15, repeats=3)
+    parser.add_argument("--dataset", default=None, help="ann-benchmarks HDF5 file")
     parser.add_argument("--index", default=None, help="a saved index of the data set")
     parser.add_argument("--leaves", nargs="+", default=["near", "spread"], help="of `shard`")
     parser.add_argument("--process", type=int, default=None, help="number of this process")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--address", default="")
+    parser.add_argument("--synthetic", type=int, default=None, help="so many rows, made here")
     args = parser.parse_args()
     if args.process is not None:
         return one_process(args)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+    with tempfile.TemporaryDirectory() as folder:
+        if args.synthetic is not None:
+            args.dataset, args.index = synthetic(args.synthetic, pathlib.Path(folder))
+        elif args.dataset is None:
+            parser.error("--dataset or --synthetic")
+        measure(args)
+    return None
+
+
+def measure(args: argparse.Namespace) -> None:
     import h5py
     import jax
     import numpy as np
+    import record
 
     import avq_jax
 
@@ -208,8 +254,8 @@ def main() -> None:
     os.sched_setaffinity(0, {max(cores)})
     body["efforts"] = by_shards(args, index, queries_of(args.dataset))
     os.sched_setaffinity(0, cores)
-    record.write("sharded", {**body, **record.environment()}, args.output)
-    return None
+    name = "sharded" if args.synthetic is None else f"sharded_{args.synthetic}"
+    record.write(name, {**body, **record.environment()}, args.output)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,13 @@ __all__ = ["arguments", "environment", "write"]
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def arguments(description: str, **defaults: Any) -> argparse.ArgumentParser:
+def arguments(
+    description: str, *, dataset: bool = True, **defaults: Any
+) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--dataset", required=True, help="ann-benchmarks HDF5 file")
+    if dataset:
+        parser.add_argument("--dataset", required=True, help="ann-benchmarks HDF5 file")
     parser.add_argument("--output", default=None, help="JSON file; default benchmarks/results/")
     for name, value in defaults.items():
         option = "--" + name.replace("_", "-")
