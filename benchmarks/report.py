@@ -392,10 +392,10 @@ TABLES: dict[str, Callable[[dict], str]] = {
 
 
 #: Results behind the table of scale, which is one of several files.
-SCALE = ("streaming", "serving", "sharded")
+SCALE = ("streaming", "serving", "sharded", "sharded_10000000")
 
 
-def _scale(streaming: dict, serving: dict, sharded: dict) -> str:
+def _scale(streaming: dict, serving: dict, *sharded: dict) -> str:
     built, http = streaming["build"], serving["http"]
     gigabytes = 1e-9 * built["peak_anonymous_bytes"]
     lines = [
@@ -413,22 +413,23 @@ def _scale(streaming: dict, serving: dict, sharded: dict) -> str:
         f"| {serving['exported_xla']['cpu_us']:.0f}, {serving['exported_cpu']['cpu_us']:.0f}; "
         f"{serving['searcher_cpu_us']:.0f} CPU us | `serving.json` |",
     ]
-    for effort in sharded["efforts"]:
-        each = [one for one in effort["shards"] if one["leaves"] == "spread"]
-        counts = ", ".join(str(one["shards"]) for one in each)
-        spent = ", ".join(f"{one['cpu_us']:.0f}" for one in each)
-        lines.append(
-            f"| one query of a batch of {effort['queries']:,} on {counts} shards, "
-            f"{sharded['rows']:,} rows, {effort['leaves_to_search']} leaves; `search` | {spent}; "
-            f"{effort['search_cpu_us']:.0f} CPU us | `sharded.json` |"
-        )
-    gains = [found["gain"] for found in sharded["processes"]]
-    if gains:
-        lines.append(
-            "| two processes over loopback, a core and half of the leaves each, wall-clock time of "
-            f"one process over theirs, the four batches above | {', '.join(map(str, gains))} "
-            "| `sharded.json` |"
-        )
+    for found, file in zip(sharded, SCALE[2:], strict=True):
+        for effort in found["efforts"]:
+            each = [one for one in effort["shards"] if one["leaves"] == "spread"]
+            counts = ", ".join(str(one["shards"]) for one in each)
+            spent = ", ".join(f"{one['cpu_us']:.0f}" for one in each)
+            lines.append(
+                f"| one query of a batch of {effort['queries']:,} on {counts} shards, "
+                f"{found['rows']:,} rows, {effort['leaves_to_search']} leaves; `search` | {spent}; "
+                f"{effort['search_cpu_us']:.0f} CPU us | `{file}.json` |"
+            )
+        if found["processes"]:
+            gains = ", ".join(str(own["gain"]) for own in found["processes"])
+            lines.append(
+                "| two processes over loopback, a core and half of the leaves each, wall-clock "
+                f"time of one process over theirs, {found['rows']:,} rows, batches as above "
+                f"| {gains} | `{file}.json` |"
+            )
     return "\n".join(lines)
 
 
