@@ -4,7 +4,7 @@
     python benchmarks/bench_sharded.py --synthetic 10000000
 
 The second makes rows and queries as `bench_streaming.py` does and builds from a file, int8 rows
-for exact scores; it takes 10 GB of disk for a while and as much memory.
+for exact scores; for 10^7 rows it takes 7 GB of disk for a while.
 
 Shards are host devices of one process that share the CPU, pinned to one core, so ``cpu_us`` is the
 CPU time of all of them together, not latency; ways to share leaves out and numbers of shards take

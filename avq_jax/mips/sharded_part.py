@@ -26,8 +26,8 @@ from xla_kernels import (
 
 __all__ = ["Part"]
 
-# Candidates that leaves should hold, times those that are kept, which are scanned before the others
-# for a bar that candidates must reach.
+# A bar that candidates must reach comes from the best leaves, so many that they hold about this
+# many times the slots that are kept.
 _ENOUGH = 4
 
 

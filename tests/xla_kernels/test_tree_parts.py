@@ -148,6 +148,20 @@ def test_gradients_of_the_best_of_lists(implementation, keep):
         np.testing.assert_allclose(np.sort(scores[:, q][place] ** 2), want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 0), (0, 2, 4), (3, 0, 4)], ids=str)
+def test_no_lists(implementation, shape):
+    rows = jnp.zeros(shape, jnp.int32)
+
+    def best(scores):
+        return best_candidates(scores, rows, retrieve=5, keep=2, implementation=implementation)
+
+    scores, found = best(jnp.zeros(shape))
+    assert (scores == -jnp.inf).all()
+    assert (found == -1).all()
+    assert found.shape == (shape[1], 2)
+    assert jax.grad(lambda s: jnp.sum(jnp.exp(best(s)[0])))(jnp.zeros(shape)).shape == shape
+
+
 def test_arguments():
     tree, _, queries = make()
     leaves = tree_leaves(tree, queries, leaves_to_search=2)

@@ -53,7 +53,7 @@ __attribute__((always_inline)) inline void store_kept(const ScanQuery& query, __
   Collector& out = *query.collector;
   mask &= valid_mask(query, row, num_rows);
   _mm512_storeu_si512(out.low + out.size, _mm512_maskz_compress_epi32(mask, keys));
-  store_rows(out, mask, row);
+  store_rows(out.rows + out.size, mask, row);
   out.size += _mm_popcnt_u32(mask);
 }
 
@@ -105,10 +105,8 @@ __attribute__((always_inline)) inline void keep_always(const ScanQuery& query,
       const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(query.valid + first));
       kept &= _mm_test_epi8_mask(bytes, bytes);
     }
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(first)), lanes);
     _mm512_storeu_si512(out.low + size, _mm512_maskz_compress_epi32(kept, keys[j]));
-    _mm512_storeu_si512(out.rows + size, _mm512_maskz_compress_epi32(kept, ids));
+    store_rows(out.rows + size, kept, first);
     size += _mm_popcnt_u32(kept);
   }
   out.size = size;
@@ -489,6 +487,7 @@ inline uint64_t not_negative(__m512i first, __m512i second, __m512i third, __m51
 }
 
 // Adds the sums of one query for blocks `apart` bytes from each other, as are those to be read soon.
+// As sum_dwords, which keeps more registers for queries: here the pointers themselves move.
 template <int kBlocks>
 __attribute__((always_inline)) inline void add_apart(const uint8_t* block, int64_t apart,
                                                      const uint8_t* soon, const uint8_t* table,
@@ -523,8 +522,7 @@ inline int64_t note(uint64_t* flags, int32_t* found, int64_t at, uint64_t bits, 
 int64_t flag_pairs(const Codes& all, int64_t begin, int64_t end, int64_t next, const uint8_t* table,
                    int32_t shift, uint64_t* flags, int32_t* found, int64_t num_found) {
   const Codes codes = all;  // which nobody else can write
-  // From memory 26 MB take a fifth less time than at kPrefetchBytes, from a cache the same.
-  const int64_t ahead = blocks_ahead(codes, 11 << 10), bytes = codes.groups * 64;
+  const int64_t ahead = blocks_ahead(codes, kPrefetchBytes), bytes = codes.groups * 64;
   const __m512i start = _mm512_set1_epi32(shift);
   int64_t i = begin;
   for (; i + 2 <= end; i += 2) {

@@ -226,13 +226,15 @@ def best_candidates(
     @best.defjvp
     def best_jvp(primals: Any, tangents: Any) -> Any:
         out = best(*primals)
+        none = np.zeros(out[1].shape, jax.dtypes.float0)
+        if parts * size == 0:
+            return out, (jnp.zeros_like(out[0]), none)
         flat, flat_rows, change = (
             a.swapaxes(0, 1).reshape(b, parts * size) for a in (*primals, tangents[0])
         )
         # A score kept is the best of its row, and that of the first such place.
         same = (out[1][:, :, None] == flat_rows[:, None]) & (out[0][:, :, None] == flat[:, None])
         change = jnp.take_along_axis(change, jnp.argmax(same, axis=2), axis=1)
-        none = np.zeros(out[1].shape, jax.dtypes.float0)
         return out, (jnp.where(out[1] >= 0, change, 0), none)
 
     return best(scores, rows)
