@@ -247,10 +247,11 @@ class TestCompiled(Suite):
         for results in (1, 10, 100):
             self.check(tables, codes, results)
         self.check(tables[:1], codes, 50)
+        self.check(tables[:1] % 3, codes, 50)  # whole blocks of equals
         self.check(np.full_like(tables[:3], 7), codes, 20)
         self.check(rng.normal(size=tables.shape).astype(np.float32), codes, 100)
         tables[:, :, k - 1] = 70
-        codes[np.arange(30_011) // 32 % 8 == 0] = k - 1  # the best rows are those of a sample
+        codes[np.arange(30_011) // 64 % 8 == 0] = k - 1  # the best rows are those of a sample
         self.check(tables, codes, 100)
         codes[5000:] = 0  # and far fewer than expected
         codes[:40] = k - 1

@@ -14,8 +14,9 @@ namespace {
 constexpr int64_t kPieceBytes = 256 << 10;
 constexpr int64_t kBlockRows = 32;
 
-// A sample of one block in `step`, and the rank in it of a sum that the k-th best of all rows reaches,
-// but for one query in six hundred. A small sample costs less, a large one lets fewer rows pass.
+// A sample of one pair of adjacent blocks in `step`, and the rank in it of a sum that the k-th best of
+// all rows reaches, but for one query in six hundred. A small sample costs less, a large one lets fewer
+// rows pass.
 struct Sample {
   int64_t step, rank;
 
@@ -23,7 +24,7 @@ struct Sample {
     const double mean = static_cast<double>(k) / static_cast<double>(step);
     rank = static_cast<int64_t>(std::ceil(mean + 3.3 * std::sqrt(mean))) + 1;
   }
-  // Three blocks for each rank: 16 numbers a block are the largest in their lane.
+  // Three blocks for each rank: 8 numbers a block are the largest in their lane.
   bool fits(int64_t blocks) const { return blocks / step >= 3 * rank; }
   static Sample of(int64_t blocks, int64_t k) {
     int64_t step = 32;
@@ -33,21 +34,39 @@ struct Sample {
   }
 };
 
+// Arrays that a thread keeps from one scan to the next: freed, large ones go back to the system.
+struct Room {
+  std::vector<uint64_t> words;
+  std::vector<uint8_t> flags;
+  std::vector<int32_t> found;
+
+  static Room& own() {
+    thread_local Room room;
+    return room;
+  }
+};
+
+template <typename T>
+T* at_least(int64_t size, std::vector<T>& kept) {
+  if (static_cast<size_t>(size) > kept.size()) kept.resize(static_cast<size_t>(size));
+  return kept.data();
+}
+
 // The queries that are scanned together: 8, 4, 2 or 1.
 int64_t group_of(int64_t left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
 void expect(const Codes& codes, int64_t begin, int64_t end, const Sample& sample,
             FlaggedQuery* queries, const uint8_t* const* tables, int64_t num_queries,
             const Kernels& kernels) {
-  const int64_t blocks = (end - begin + sample.step - 1) / sample.step;
-  const int64_t together = std::max<int64_t>(1, blocks / (4 * sample.rank));
-  const int64_t size = (blocks + together - 1) / together * 16;
-  std::vector<int32_t> sums(static_cast<size_t>(8 * size));
+  const int64_t pairs = (end - begin + 2 * sample.step - 1) / (2 * sample.step);
+  const int64_t together = std::max<int64_t>(1, pairs / (4 * sample.rank));
+  const int64_t size = (pairs + together - 1) / together * 16;
+  int32_t* sums = at_least(group_of(num_queries) * size, Room::own().found);
   for (int64_t q = 0, count; q < num_queries; q += count) {
     count = group_of(num_queries - q);
-    kernels.maxima(codes, begin, end, sample.step, together, tables + q, count, sums.data(), size);
+    kernels.maxima(codes, begin, end, sample.step, together, tables + q, count, sums, size);
     for (int64_t i = 0; i < count; ++i) {
-      const int32_t* own = sums.data() + i * size;
+      const int32_t* own = sums + i * size;
       queries[q + i].expect(kth_largest(own, size, std::min(sample.rank, size), 0, kernels.count));
     }
   }
@@ -55,25 +74,17 @@ void expect(const Codes& codes, int64_t begin, int64_t end, const Sample& sample
 
 // Hands the flagged rows to their queries (Kernels::flag).
 void hand_out(const uint8_t* flags, const int32_t* found, int64_t num_found, int64_t num_rows,
-              FlaggedQuery* queries, int64_t num_queries) {
+              FlaggedQuery* queries) {
   for (int64_t i = 0; i < num_found; ++i) {
     const int64_t first = found[i] * kBlockRows;
-    if (num_queries == 1) {
-      uint64_t bits;
-      std::memcpy(&bits, flags + 8 * i, 8);
-      for (; bits != 0; bits &= bits - 1) {
-        const int64_t row = first + __builtin_ctzll(bits);
-        if (row < num_rows) queries[0].add(static_cast<int32_t>(row));
-      }
-      continue;
-    }
     for (int64_t w = 0; w < kBlockRows; w += 8) {
       uint64_t bits;
       std::memcpy(&bits, flags + i * kBlockRows + w, 8);
       for (; bits != 0; bits &= bits - 1) {
         const int at = __builtin_ctzll(bits);
         const int64_t row = first + w + at / 8;
-        if (row < num_rows) queries[at % 8].add(static_cast<int32_t>(row));
+        const auto passed = static_cast<int32_t>(row);
+        if (row < num_rows) queries[at % 8].add(&passed, 1);
       }
     }
   }
@@ -83,28 +94,41 @@ void scan(const Codes& codes, int64_t begin, int64_t end, const Sample* sample,
           FlaggedQuery* queries, int64_t num_queries, const Kernels& kernels) {
   std::vector<const uint8_t*> tables(static_cast<size_t>(num_queries));
   for (int64_t q = 0; q < num_queries; ++q) tables[static_cast<size_t>(q)] = queries[q].expanded();
-  const int64_t piece_bytes = num_queries == 1 ? 2 * kPieceBytes : kPieceBytes;
-  const int64_t most = 1 + piece_bytes / (codes.groups * 64 + 1);
-  // Without a sample the first piece is short: all of its rows pass.
-  int64_t piece = std::min<int64_t>(most, 4);
   if (sample != nullptr) {
     const int64_t whole = std::min(end, codes.num_rows / kBlockRows);
     expect(codes, begin, whole, *sample, queries, tables.data(), num_queries, kernels);
-    piece = most;
   }
-  std::vector<uint8_t> flags(static_cast<size_t>(most * kBlockRows));
-  std::vector<int32_t> found(static_cast<size_t>(most));
+  // Flagged rows are scored while their codes are cached. A multiple of four blocks: see flag_rows.
+  // One query gains by fewer pieces, of long ranges.
+  const int64_t all_bytes = (end - begin) * codes.groups * 64;
+  const int64_t piece_bytes =
+      num_queries == 1 ? std::clamp(all_bytes / 6, 2 * kPieceBytes, 5 * kPieceBytes) : kPieceBytes;
+  const int64_t most = 4 + piece_bytes / (codes.groups * 64 + 1) / 4 * 4;
+  Room& room = Room::own();
+  const bool odd = num_queries % 2 == 1;
+  uint64_t* scratch = at_least(odd ? most + 32 : 0, room.words);
+  uint8_t* flags = at_least(num_queries > 1 ? most * kBlockRows : 0, room.flags);
+  int32_t* found = at_least(odd ? most * kBlockRows + 1 : most, room.found);
+  // Without a sample the first piece is short: all of its rows pass.
+  int64_t piece = sample != nullptr ? most : 4;
   for (int64_t from = begin, to; from < end; from = to, piece = std::min(2 * piece, most)) {
     to = std::min(from + piece, end);
     for (int64_t q = 0, count; q < num_queries; q += count) {
       count = group_of(num_queries - q);
-      int32_t thresholds[8];
-      for (int64_t i = 0; i < count; ++i) thresholds[i] = queries[q + i].threshold();
       // What the next queries, or the next piece, will read is fetched in time.
       const int64_t next = q + count < num_queries ? from : to;
+      if (count == 1) {
+        const int64_t num_found =
+            kernels.flag_rows(codes, from, to, next, queries[q].expanded(), queries[q].threshold(),
+                              scratch, found);
+        queries[q].add(found, num_found);
+        continue;
+      }
+      int32_t thresholds[8];
+      for (int64_t i = 0; i < count; ++i) thresholds[i] = queries[q + i].threshold();
       const int64_t num_found = kernels.flag(codes, from, to, next, tables.data() + q, thresholds,
-                                             count, flags.data(), found.data());
-      hand_out(flags.data(), found.data(), num_found, codes.num_rows, queries + q, count);
+                                             count, flags, found);
+      hand_out(flags, found, num_found, codes.num_rows, queries + q);
     }
   }
   for (int64_t q = 0; q < num_queries; ++q) queries[q].finish();
@@ -157,7 +181,18 @@ void FlaggedQuery::expect(int32_t sum) {
 
 bool FlaggedQuery::holds() const { return kernels_->count(keys_.get(), size_, expected_) >= k_; }
 
-void FlaggedQuery::score() {
+void FlaggedQuery::add(const int32_t* rows, int64_t count) {
+  while (count > 0) {
+    const int64_t more = std::min(kTogether - num_waiting_, count);
+    std::copy(rows, rows + more, waiting_ + num_waiting_);
+    rows += more;
+    count -= more;
+    num_waiting_ += more;
+    if (num_waiting_ == kTogether) finish();
+  }
+}
+
+void FlaggedQuery::finish() {
   float scores[kTogether];
   kernels_->exact_rows(table_, *codes_, waiting_, num_waiting_, scores);
   int32_t* keys = keys_.get();
@@ -165,29 +200,39 @@ void FlaggedQuery::score() {
   for (int64_t i = 0; i < num_waiting_; ++i) {
     keys[size_] = ordered(scores[i] + 0.0f);  // -0 becomes 0
     rows[size_] = waiting_[i];
-    size_ += keys[size_] > bar_;
+    size_ += keys[size_] >= bar_;
   }
   num_waiting_ = 0;
   if (size_ >= limit_) trim();
 }
 
-// Leaves the k best, of equals the first, and raises the threshold: a later row must score more.
+// Leaves the k best, of equals the lowest rows, and raises the threshold: rows beyond all that came
+// must score more.
 void FlaggedQuery::trim() {
   int32_t* keys = keys_.get();
   int32_t* rows = keys + limit_ + kTogether;
   const int32_t kth = kth_largest(keys, size_, k_, 0, kernels_->count);
-  int64_t ties = k_ - (kth < INT32_MAX ? kernels_->count(keys, size_, kth + 1) : 0);
-  int64_t kept = 0;
-  for (int64_t i = 0; i < size_; ++i) {
-    const int32_t key = keys[i];
-    keys[kept] = key;
-    rows[kept] = rows[i];
-    const bool tie = key == kth;
-    kept += key > kth || (tie && ties > 0);
-    ties -= tie;
-  }
-  size_ = kept;
   bar_ = kth;
+  const auto leave = [&](int32_t last_of_equals) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < size_; ++i) {
+      const int32_t key = keys[i], row = rows[i];
+      keys[kept] = key;
+      rows[kept] = row;
+      kept += key > kth || (key == kth && row <= last_of_equals);
+    }
+    size_ = kept;
+  };
+  leave(INT32_MAX);
+  if (size_ > k_) {
+    std::vector<int32_t> equals;
+    for (int64_t i = 0; i < size_; ++i) {
+      if (keys[i] == kth) equals.push_back(rows[i]);
+    }
+    const auto last = equals.end() - 1 - (size_ - k_);
+    std::nth_element(equals.begin(), last, equals.end());
+    leave(*last);
+  }
   raise((static_cast<double>(from_ordered(kth)) - base_) / delta_);
 }
 

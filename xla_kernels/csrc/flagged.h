@@ -27,12 +27,9 @@ class FlaggedQuery {
   void expect(int32_t sum);
   bool holds() const;
 
-  // A row that was flagged; rows come in ascending order.
-  void add(int32_t row) {
-    waiting_[num_waiting_++] = row;
-    if (num_waiting_ == kTogether) score();
-  }
-  void finish() { score(); }
+  // Rows that were flagged: after threshold() was read in any order, and above all before.
+  void add(const int32_t* rows, int64_t count);
+  void finish();  // after the last
 
   const uint8_t* expanded() const { return expanded_; }
   int32_t threshold() const { return threshold_; }  // sums above it may matter; at least -1
@@ -42,9 +39,8 @@ class FlaggedQuery {
   const int32_t* rows() const { return keys_.get() + limit_ + kTogether; }
 
  private:
-  static constexpr int64_t kTogether = 16;  // rows scored together
+  static constexpr int64_t kTogether = 32;  // rows scored together
 
-  void score();
   void trim();
   void raise(double sum);
 

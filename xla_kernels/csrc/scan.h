@@ -56,18 +56,23 @@ struct Kernels {
   // 16 entries a subspace; codes must be gatherable().
   void (*exact_rows)(const float* padded_table, const Codes& codes, const int32_t* rows,
                      int64_t count, float* out);
-  // For flagged.h, of kDwords codes and 1, 2, 4 or 8 queries; null: not here.
-  // The largest sums in every step-th block of [begin, end), `together` blocks at a time: 16 numbers,
-  // the largest in each lane, of query q from out + q * stride on.
+  // For flagged.h, of kDwords codes; null: not here.
+  // The largest sums in every step-th pair of blocks of [begin, end), `together` pairs at a time: 16
+  // numbers, the largest in each lane, of query q from out + q * stride on; 1, 2, 4 or 8 queries.
   void (*maxima)(const Codes& codes, int64_t begin, int64_t end, int64_t step, int64_t together,
                  const uint8_t* const* tables, int64_t num_queries, int32_t* out, int64_t stride) = nullptr;
   // The blocks of [begin, end) of which some sum is above its query's threshold: their numbers, and a
-  // byte for each of their 32 rows with the bits of those queries. Of one query 64-bit words instead,
-  // a bit for each row from the block's first on. Returns how many; the lists have room for all blocks
-  // (flags: 32 bytes each, aligned to 8). Thresholds are at least -1; rows beyond the last are rows.
+  // byte for each of their 32 rows with the bits of those queries: 2, 4 or 8. Returns how many; the
+  // lists have room for all blocks (flags: 32 bytes each). Thresholds are at least -1; rows beyond the
+  // last are rows.
   int64_t (*flag)(const Codes& codes, int64_t begin, int64_t end, int64_t next,
                   const uint8_t* const* tables, const int32_t* thresholds, int64_t num_queries,
                   uint8_t* flags, int32_t* found) = nullptr;
+  // Of one query the rows themselves, in no order; fastest for ranges of a multiple of four blocks. The
+  // scratch has room for a word a block and 32 more, rows for all rows and one more.
+  int64_t (*flag_rows)(const Codes& codes, int64_t begin, int64_t end, int64_t next,
+                       const uint8_t* table, int32_t threshold, uint64_t* scratch,
+                       int32_t* rows) = nullptr;
 };
 
 // exact_rows addresses 32-bit words by signed 32-bit indices.

@@ -401,22 +401,57 @@ void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
   }
 }
 
+// Adds the sums of one query for blocks `apart` bytes from each other, as are those to be read soon.
+// As sum_dwords, which keeps more registers for queries: here the pointers themselves move.
+template <int kBlocks>
+__attribute__((always_inline)) inline void add_apart(const uint8_t* block, int64_t apart,
+                                                     const uint8_t* soon, const uint8_t* table,
+                                                     int64_t bytes, __m512i (&sums)[2 * kBlocks]) {
+  const __m512i nibble = _mm512_set1_epi8(0x0f);
+  const __m512i place = _mm512_set1_epi32(0x30201000);
+  const __m512i ones = _mm512_set1_epi8(1);
+  const uint8_t* const end = block + bytes;
+  for (; block != end; block += 64, soon += 64, table += 64) {
+    const __m512i entries = _mm512_load_si512(table);
+    UNROLL
+    for (int b = 0; b < kBlocks; ++b) {
+      __builtin_prefetch(soon + b * apart, 0, 0);
+      const __m512i packed = _mm512_loadu_si512(block + b * apart);
+      const __m512i low = _mm512_ternarylogic_epi32(packed, nibble, place, 0xea);
+      const __m512i high =
+          _mm512_ternarylogic_epi32(_mm512_srli_epi16(packed, 4), nibble, place, 0xea);
+      dot_accumulate(sums[2 * b], _mm512_permutexvar_epi8(low, entries), ones);
+      dot_accumulate(sums[2 * b + 1], _mm512_permutexvar_epi8(high, entries), ones);
+    }
+  }
+}
+
 template <int kQueries>
 void maxima_of(const Codes& codes, int64_t begin, int64_t end, int64_t step, int64_t together,
                const uint8_t* const* tables, int32_t* out, int64_t stride) {
-  constexpr int64_t kSoon = 8;
+  constexpr int64_t kSoon = 4;  // pairs
+  const int64_t bytes = codes.groups * 64;
   Local<kQueries> local = {};
   for (int q = 0; q < kQueries; ++q) local.table[q] = tables[q];
   for (int64_t i = begin; i < end; out += 16) {
     __m512i most[kQueries];
     UNROLL
     for (int q = 0; q < kQueries; ++q) most[q] = _mm512_set1_epi32(INT32_MIN);
-    for (int64_t t = 0; t < together && i < end; ++t, i += step) {
-      __m512i sums[kQueries][2];
-      const int64_t later = i + kSoon * step;
-      sum_dwords<kQueries, 1>(codes, i, codes.block(later < end ? later : i), local, sums);
-      UNROLL
-      for (int q = 0; q < kQueries; ++q) most[q] = _mm512_max_epi32(most[q], largest(sums[q]));
+    for (int64_t t = 0; t < together && i < end; ++t, i += 2 * step) {
+      const int64_t later = i + 2 * kSoon * step, other = i + 1 < end ? 1 : 0;
+      const uint8_t* soon = codes.block(later < end ? later : i);
+      if constexpr (kQueries == 1) {
+        __m512i sums[4] = {};
+        add_apart<2>(codes.block(i), other * bytes, soon, tables[0], bytes, sums);
+        most[0] = _mm512_max_epi32(most[0], largest(sums));
+      } else {
+        for (int64_t b = 0; b < 2; ++b) {
+          __m512i sums[kQueries][2];
+          sum_dwords<kQueries, 1>(codes, i + b * other, soon + b * bytes, local, sums);
+          UNROLL
+          for (int q = 0; q < kQueries; ++q) most[q] = _mm512_max_epi32(most[q], largest(sums[q]));
+        }
+      }
     }
     UNROLL
     for (int q = 0; q < kQueries; ++q) _mm512_storeu_si512(out + q * stride, most[q]);
@@ -477,111 +512,104 @@ int64_t flag_of(const Codes& codes, int64_t begin, int64_t end, int64_t next,
   return num_found;
 }
 
-// The rows of two blocks whose sums are not negative, a bit each.
-inline uint64_t not_negative(__m512i first, __m512i second, __m512i third, __m512i fourth) {
-  // Saturation keeps signs. Packing works within 128-bit lanes: the permutation undoes it.
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i packed =
-      _mm512_packs_epi16(_mm512_packs_epi32(first, second), _mm512_packs_epi32(third, fourth));
-  return ~static_cast<uint64_t>(_mm512_movepi8_mask(_mm512_permutexvar_epi32(order, packed)));
+// add_apart<4>, which GCC 12 spoils now and then: it copies sums or moves addresses through other
+// registers at every step, for a tenth of the time. Here it has no say, nor in the order: with two
+// blocks side by side fewer shuffles, shifts and sums wait for the same ports of Zen 5.
+inline void add_four(const uint8_t* block, int64_t apart, const uint8_t* soon, const uint8_t* table,
+                     int64_t bytes, __m512i (&sums)[8]) {
+#if defined(__SANITIZE_ADDRESS__)
+  add_apart<4>(block, apart, soon, table, bytes, sums);  // whose reads are checked
+#else
+  if (bytes == 0) return;
+#define TWO_BLOCKS(first, second, low_1, high_1, low_2, high_2) \
+  "vmovdqu32 (%[block]" first "), %%zmm17\n\t"                  \
+  "vmovdqu32 (%[block]" second "), %%zmm18\n\t"                 \
+  "vpsrlw $4, %%zmm17, %%zmm19\n\t"                             \
+  "vpsrlw $4, %%zmm18, %%zmm20\n\t"                             \
+  "vpternlogd $0xea, %[place], %[nibble], %%zmm17\n\t"          \
+  "vpternlogd $0xea, %[place], %[nibble], %%zmm18\n\t"          \
+  "vpternlogd $0xea, %[place], %[nibble], %%zmm19\n\t"          \
+  "vpternlogd $0xea, %[place], %[nibble], %%zmm20\n\t"          \
+  "vpermb %%zmm16, %%zmm17, %%zmm17\n\t"                        \
+  "vpermb %%zmm16, %%zmm18, %%zmm18\n\t"                        \
+  "vpermb %%zmm16, %%zmm19, %%zmm19\n\t"                        \
+  "vpermb %%zmm16, %%zmm20, %%zmm20\n\t"                        \
+  "vpdpbusd %[ones], %%zmm17, " low_1 "\n\t"                    \
+  "vpdpbusd %[ones], %%zmm18, " low_2 "\n\t"                    \
+  "vpdpbusd %[ones], %%zmm19, " high_1 "\n\t"                   \
+  "vpdpbusd %[ones], %%zmm20, " high_2 "\n\t"
+  asm(".p2align 5\n"
+      "2:\n\t"
+      "vmovdqa64 (%[table]), %%zmm16\n\t"
+      "prefetchnta (%[soon])\n\t"
+      "prefetchnta (%[soon],%[apart])\n\t"
+      "prefetchnta (%[soon],%[apart],2)\n\t"
+      "prefetchnta (%[soon],%[thrice])\n\t"
+      TWO_BLOCKS("", ",%[apart]", "%0", "%1", "%2", "%3")
+      TWO_BLOCKS(",%[apart],2", ",%[thrice]", "%4", "%5", "%6", "%7")
+      "add $64, %[table]\n\t"
+      "add $64, %[soon]\n\t"
+      "add $64, %[block]\n\t"
+      "cmp %[end], %[block]\n\t"
+      "jne 2b"
+      : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "+v"(sums[3]), "+v"(sums[4]), "+v"(sums[5]),
+        "+v"(sums[6]), "+v"(sums[7]), [block] "+r"(block), [soon] "+r"(soon), [table] "+r"(table)
+      : [end] "r"(block + bytes), [apart] "r"(apart), [thrice] "r"(3 * apart),
+        [nibble] "v"(_mm512_set1_epi8(0x0f)), [place] "v"(_mm512_set1_epi32(0x30201000)),
+        [ones] "v"(_mm512_set1_epi8(1))
+      : "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "cc", "memory");
+#undef TWO_BLOCKS
+#endif
 }
 
-// Adds the sums of one query for blocks `apart` bytes from each other, as are those to be read soon.
-// As sum_dwords, which keeps more registers for queries: here the pointers themselves move.
-template <int kBlocks>
-__attribute__((always_inline)) inline void add_apart(const uint8_t* block, int64_t apart,
-                                                     const uint8_t* soon, const uint8_t* table,
-                                                     int64_t bytes, __m512i (&sums)[2 * kBlocks]) {
-  const __m512i nibble = _mm512_set1_epi8(0x0f);
-  const __m512i place = _mm512_set1_epi32(0x30201000);
-  const __m512i ones = _mm512_set1_epi8(1);
-  const uint8_t* const end = block + bytes;
-  for (; block != end; block += 64, soon += 64, table += 64) {
-    const __m512i entries = _mm512_load_si512(table);
-    UNROLL
-    for (int b = 0; b < kBlocks; ++b) {
-      __builtin_prefetch(soon + b * apart);
-      const __m512i packed = _mm512_loadu_si512(block + b * apart);
-      const __m512i low = _mm512_ternarylogic_epi32(packed, nibble, place, 0xea);
-      const __m512i high =
-          _mm512_ternarylogic_epi32(_mm512_srli_epi16(packed, 4), nibble, place, 0xea);
-      dot_accumulate(sums[2 * b], _mm512_permutexvar_epi8(low, entries), ones);
-      dot_accumulate(sums[2 * b + 1], _mm512_permutexvar_epi8(high, entries), ones);
-    }
-  }
+// The signs of four vectors of sums: that of lane 4 l + j of vector v is bit 16 l + 4 v + j.
+inline uint64_t sign_bits(__m512i first, __m512i second, __m512i third, __m512i fourth) {
+  // Saturation keeps signs.
+  return _mm512_movepi8_mask(
+      _mm512_packs_epi16(_mm512_packs_epi32(first, second), _mm512_packs_epi32(third, fourth)));
 }
 
-// Writes a found block at a place of the lists that moves on only if a row of it passed.
-inline int64_t note(uint64_t* flags, int32_t* found, int64_t at, uint64_t bits, int64_t block) {
-  flags[at] = bits;
-  found[at] = static_cast<int32_t>(block);
-  return at + (bits != 0);
-}
-
-// One query, two blocks at a time.
-int64_t flag_pairs(const Codes& all, int64_t begin, int64_t end, int64_t next, const uint8_t* table,
-                   int32_t shift, uint64_t* flags, int32_t* found, int64_t num_found) {
+// Reads the blocks as four ranges, in step: of several streams more is on its way from memory. Nothing
+// waits for a sum: every word of signs is written, over the last one unless a row of that passed.
+int64_t flag_rows(const Codes& all, int64_t begin, int64_t end, int64_t next, const uint8_t* table,
+                  int32_t threshold, uint64_t* scratch, int32_t* rows) {
+  constexpr int64_t kStreams = 4;
   const Codes codes = all;  // which nobody else can write
-  const int64_t ahead = blocks_ahead(codes, kPrefetchBytes), bytes = codes.groups * 64;
-  const __m512i start = _mm512_set1_epi32(shift);
-  int64_t i = begin;
-  for (; i + 2 <= end; i += 2) {
-    const uint8_t* soon = codes.block(later_block(i, ahead, begin, end, next));
-    __m512i sums[4] = {start, start, start, start};
-    add_apart<2>(codes.block(i), bytes, soon, table, bytes, sums);
-    const uint64_t passed = not_negative(sums[0], sums[1], sums[2], sums[3]);
-    num_found = note(flags, found, num_found, passed, i);
+  const int64_t bytes = codes.groups * 64, part = (end - begin) / kStreams;
+  const int64_t ahead = blocks_ahead(codes, 5 << 9);
+  const __m512i start = _mm512_set1_epi32(-threshold - 1);  // sums that pass are not negative
+  auto* const places = reinterpret_cast<int32_t*>(scratch + 2 * part + 8);
+  const auto note = [&](int64_t at, uint64_t signs, int64_t block) {
+    scratch[at] = ~signs;
+    places[at] = static_cast<int32_t>(block);
+    return at + (signs != ~uint64_t{0});
+  };
+  int64_t num_words = 0;
+  const uint8_t* soon = codes.block(begin + ahead);
+  for (int64_t i = begin; i < begin + part; ++i, soon += bytes) {
+    if (i + ahead == begin + part) soon = codes.block(next);
+    __m512i sums[2 * kStreams] = {start, start, start, start, start, start, start, start};
+    add_four(codes.block(i), part * bytes, soon, table, bytes, sums);
+    num_words = note(num_words, sign_bits(sums[0], sums[1], sums[2], sums[3]), i);
+    num_words = note(num_words, sign_bits(sums[4], sums[5], sums[6], sums[7]), i + 2 * part);
   }
-  if (i < end) {
+  for (int64_t i = begin + kStreams * part; i < end; ++i) {
     __m512i sums[2] = {start, start};
     add_apart<1>(codes.block(i), bytes, codes.block(i), table, bytes, sums);
     const __m512i none = _mm512_set1_epi32(-1);
-    num_found = note(flags, found, num_found, not_negative(sums[0], sums[1], none, none), i);
-  }
-  return num_found;
-}
-
-// One query that reads a range as four, in step: of several streams more is on its way from memory.
-int64_t flag_streams(const Codes& all, int64_t begin, int64_t end, int64_t next,
-                     const uint8_t* table, int32_t shift, uint64_t* flags, int32_t* found) {
-  constexpr int64_t kStreams = 4;
-  const Codes codes = all;
-  const int64_t bytes = codes.groups * 64, part = (end - begin) / kStreams;
-  const int64_t ahead = blocks_ahead(codes, 3 << 10);
-  const __m512i start = _mm512_set1_epi32(shift);
-  // A list for each of the four, whose blocks are counted from its own first.
-  int64_t size[kStreams] = {0, part, 2 * part, 3 * part};
-  for (int64_t i = 0; i < part; ++i) {
-    const int64_t later = i + ahead < part ? begin + i + ahead : next + (i + ahead - part);
-    __m512i sums[2 * kStreams] = {start, start, start, start, start, start, start, start};
-    add_apart<kStreams>(codes.block(begin + i), part * bytes, codes.block(later), table, bytes, sums);
-    const uint64_t passed[2] = {not_negative(sums[0], sums[1], sums[2], sums[3]),
-                                not_negative(sums[4], sums[5], sums[6], sums[7])};
-    UNROLL
-    for (int s = 0; s < kStreams; ++s) {
-      const auto bits = static_cast<uint32_t>(passed[s / 2] >> (s % 2 * 32));
-      size[s] = note(flags, found, size[s], bits, i);
-    }
+    num_words = note(num_words, sign_bits(sums[0], sums[1], none, none), i);
   }
   int64_t num_found = 0;
-  for (int s = 0; s < kStreams; ++s) {
-    for (int64_t j = s * part; j < size[s]; ++j) {
-      num_found = note(flags, found, num_found, flags[j], begin + s * part + found[j]);
+  for (int64_t w = 0; w < num_words; ++w) {
+    for (uint64_t bits = scratch[w]; bits != 0; bits &= bits - 1) {
+      const int64_t bit = __builtin_ctzll(bits);
+      const int64_t block = places[w] + ((bit & 8) != 0 ? part : 0);
+      const int64_t row = 32 * block + 4 * (bit & 4) + bit / 16 * 4 + (bit & 3);
+      rows[num_found] = static_cast<int32_t>(row);
+      num_found += row < codes.num_rows;
     }
   }
-  return flag_pairs(codes, begin + kStreams * part, end, next, table, shift, flags, found, num_found);
-}
-
-template <>
-int64_t flag_of<1>(const Codes& codes, int64_t begin, int64_t end, int64_t next,
-                   const uint8_t* const* tables, const int32_t* thresholds, uint8_t* flags,
-                   int32_t* found) {
-  auto* bits = reinterpret_cast<uint64_t*>(flags);
-  const int32_t shift = -thresholds[0] - 1;
-  // Four streams have more to do between blocks: they pay for wide codes, or where memory is slow.
-  const bool wide = codes.groups >= 10 || codes.num_blocks() * codes.groups * 64 > (24 << 20);
-  return wide ? flag_streams(codes, begin, end, next, tables[0], shift, bits, found)
-              : flag_pairs(codes, begin, end, next, tables[0], shift, bits, found, 0);
+  return num_found;
 }
 
 int64_t flag(const Codes& codes, int64_t begin, int64_t end, int64_t next,
@@ -589,8 +617,7 @@ int64_t flag(const Codes& codes, int64_t begin, int64_t end, int64_t next,
              uint8_t* flags, int32_t* found) {
   const auto of = num_queries == 8   ? flag_of<8>
                   : num_queries == 4 ? flag_of<4>
-                  : num_queries == 2 ? flag_of<2>
-                                     : flag_of<1>;
+                                     : flag_of<2>;
   return of(codes, begin, end, next, tables, thresholds, flags, found);
 }
 
@@ -676,36 +703,58 @@ void exact_scores(const float* padded_table, const Codes& codes, int64_t begin, 
   }
 }
 
-// Sixteen rows at a time: the 32-bit word of a row in a group holds its four codes, in the low
-// nibbles of the bytes for points 0-15 of the block and in the high ones for 16-31.
-void exact_rows(const float* padded_table, const Codes& codes, const int32_t* rows, int64_t count,
-                float* out) {
+// Sixteen rows at a time, and twice as many side by side: the 32-bit word of a row in a group holds its
+// four codes, in the low nibbles of the bytes for points 0-15 of the block and in the high ones for 16-31.
+template <int kVectors>
+__attribute__((always_inline)) inline void exact_some(const float* padded_table, const Codes& codes,
+                                                      const int32_t* rows, int64_t count, float* out) {
   const __m512i stride = _mm512_set1_epi32(static_cast<int32_t>(codes.groups * 16));
-  for (int64_t i = 0; i < count; i += 16) {
-    const auto tail = static_cast<__mmask16>(count - i >= 16 ? 0xffffu : (1u << (count - i)) - 1u);
-    const __m512i row = _mm512_maskz_loadu_epi32(tail, rows + i);
+  __mmask16 tail[kVectors];
+  __m512i shift[kVectors], word[kVectors];
+  __m512 sum[kVectors];
+  UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t left = count - 16 * v;
+    tail[v] = static_cast<__mmask16>(left >= 16 ? 0xffffu : (1u << left) - 1u);
+    const __m512i row = _mm512_maskz_loadu_epi32(tail[v], rows + 16 * v);
     const __m512i point = _mm512_and_si512(row, _mm512_set1_epi32(15));
     // 4 where the row lies in the upper half of its block: the shift to its nibbles.
-    const __m512i shift = _mm512_srli_epi32(_mm512_and_si512(row, _mm512_set1_epi32(16)), 2);
-    __m512i word = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_srli_epi32(row, 5), stride), point);
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t s = 0; s < codes.num_subspaces; s += 4) {
-      __m512i four = _mm512_srlv_epi32(_mm512_i32gather_epi32(word, codes.data, 4), shift);
-      word = _mm512_add_epi32(word, _mm512_set1_epi32(16));
-      const int64_t stop = s + 4 < codes.num_subspaces ? s + 4 : codes.num_subspaces;
-      for (int64_t c = s; c < stop; ++c) {
-        sum = _mm512_add_ps(sum, _mm512_permutexvar_ps(four, _mm512_loadu_ps(padded_table + 16 * c)));
-        four = _mm512_srli_epi32(four, 8);
+    shift[v] = _mm512_srli_epi32(_mm512_and_si512(row, _mm512_set1_epi32(16)), 2);
+    word[v] = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_srli_epi32(row, 5), stride), point);
+    sum[v] = _mm512_setzero_ps();
+  }
+  for (int64_t s = 0; s < codes.num_subspaces; s += 4) {
+    __m512i four[kVectors];
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      four[v] = _mm512_srlv_epi32(_mm512_i32gather_epi32(word[v], codes.data, 4), shift[v]);
+      word[v] = _mm512_add_epi32(word[v], _mm512_set1_epi32(16));
+    }
+    const int64_t stop = s + 4 < codes.num_subspaces ? s + 4 : codes.num_subspaces;
+    for (int64_t c = s; c < stop; ++c) {
+      const __m512 entries = _mm512_loadu_ps(padded_table + 16 * c);
+      UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        sum[v] = _mm512_add_ps(sum[v], _mm512_permutexvar_ps(four[v], entries));
+        four[v] = _mm512_srli_epi32(four[v], 8);
       }
     }
-    _mm512_mask_storeu_ps(out + i, tail, sum);
   }
+  UNROLL
+  for (int v = 0; v < kVectors; ++v) _mm512_mask_storeu_ps(out + 16 * v, tail[v], sum[v]);
+}
+
+void exact_rows(const float* padded_table, const Codes& codes, const int32_t* rows, int64_t count,
+                float* out) {
+  int64_t i = 0;
+  for (; i + 16 < count; i += 32) exact_some<2>(padded_table, codes, rows + i, count - i, out + i);
+  if (i < count) exact_some<1>(padded_table, codes, rows + i, count - i, out + i);
 }
 
 TARGET_END
 
 const Kernels kKernels = {"avx512vbmi", expanded_bytes, expand, scan, count, exact_scores,
-                          exact_rows, maxima, flag};
+                          exact_rows, maxima, flag, flag_rows};
 
 }  // namespace
 
