@@ -25,13 +25,14 @@ TableBounds round_table(const float* table, Layout layout, int64_t num_subspaces
   bool integers = true;
   for (int64_t s = 0; s < num_subspaces; ++s) {
     const float* entries = table + s * num_codewords;
-    float low = entries[0], high = entries[0];
+    float low = entries[0], high = entries[0], not_finite = 0;
     for (int64_t j = 0; j < num_codewords; ++j) {
       const float t = entries[j];
       low = t < low ? t : low;
       high = t > high ? t : high;
-      poison += t * 0.0f;
+      not_finite += t * 0.0f;
     }
+    poison += not_finite;
     // The first fraction ends the search for integers.
     for (int64_t j = 0; integers && j < num_codewords; ++j) {
       const float t = entries[j];

@@ -257,6 +257,7 @@ class Tile {
   }
   void write_found(int64_t j) {
     std::vector<uint64_t> keys;
+    keys.reserve(static_cast<size_t>(2 * a_.k + 64));
     for (int64_t s = 0; s < shards_; ++s) {
       const FlaggedQuery& found = found_[static_cast<size_t>(s * num_live() + j)];
       for (int64_t i = 0; i < found.size(); ++i) {
