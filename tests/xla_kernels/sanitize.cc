@@ -102,7 +102,7 @@ void check_top_k(Pool& pool, int64_t most_rows) {
   for (auto& o : offset) o = up_to(50) == 0 ? NAN : normal(random_bits);
   if (!plain && up_to(1) != 0 && n > 0) a.terms.gain = gain.data();
   if (!plain && up_to(1) != 0 && n > 0) a.terms.offset = offset.data();
-  a.valid_queries = n == 0 || plain ? 0 : up_to(2) == 0 ? a.num_queries : up_to(1);
+  a.valid_queries = n == 0 ? 0 : up_to(2) == 0 ? a.num_queries : up_to(1);
   std::vector<uint8_t> valid(static_cast<size_t>(a.valid_queries * n));
   for (auto& v : valid) v = up_to(2) != 0;
   a.valid = valid.data();

@@ -250,6 +250,13 @@ class TestCompiled(Suite):
         self.check(tables[:1] % 3, codes, 50)  # whole blocks of equals
         self.check(np.full_like(tables[:3], 7), codes, 20)
         self.check(rng.normal(size=tables.shape).astype(np.float32), codes, 100)
+        for share in (0.9, 0.2, 0.004, 0.0):
+            self.check(tables, codes, 100, valid=rng.random(30_011) < share)
+            self.check(tables[:1], codes, 100, valid=rng.random(30_011) < share)
+            self.check(tables[:3], codes, 20, valid=rng.random((3, 30_011)) < share)
+        worst = numpy_scores(tables[:1], codes)[0] < 100  # all that pass at first are not valid
+        self.check(tables, codes, 100, valid=worst)
+        self.check(tables[:1], codes, 100, valid=worst)
         tables[:, :, k - 1] = 70
         codes[np.arange(30_011) // 64 % 8 == 0] = k - 1  # the best rows are those of a sample
         self.check(tables, codes, 100)

@@ -10,6 +10,9 @@
 namespace xla_kernels {
 namespace {
 
+// As ordered(), below the score of any row.
+const int32_t kNothing = ordered(-std::numeric_limits<float>::infinity());
+
 // Queries share a piece of the codes that stays in the second-level cache.
 constexpr int64_t kPieceBytes = 256 << 10;
 constexpr int64_t kBlockRows = 32;
@@ -52,8 +55,12 @@ T* at_least(int64_t size, std::vector<T>& kept) {
   return kept.data();
 }
 
-// The queries that are scanned together: 8, 4, 2 or 1.
-int64_t group_of(int64_t left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+// The first of these queries that are scanned together: 8, 4, 2 or 1. Those with masks of their own are
+// scanned alone; the others have none, or all the same.
+int64_t group_of(const FlaggedQuery* queries, int64_t left) {
+  if (left < 2 || queries[0].valid() != queries[1].valid()) return 1;
+  return left >= 8 ? 8 : left >= 4 ? 4 : 2;
+}
 
 void expect(const Codes& codes, int64_t begin, int64_t end, const Sample& sample,
             FlaggedQuery* queries, const uint8_t* const* tables, int64_t num_queries,
@@ -61,13 +68,15 @@ void expect(const Codes& codes, int64_t begin, int64_t end, const Sample& sample
   const int64_t pairs = (end - begin + 2 * sample.step - 1) / (2 * sample.step);
   const int64_t together = std::max<int64_t>(1, pairs / (4 * sample.rank));
   const int64_t size = (pairs + together - 1) / together * 16;
-  int32_t* sums = at_least(group_of(num_queries) * size, Room::own().found);
+  int32_t* sums = at_least(8 * size, Room::own().found);
   for (int64_t q = 0, count; q < num_queries; q += count) {
-    count = group_of(num_queries - q);
-    kernels.maxima(codes, begin, end, sample.step, together, tables + q, count, sums, size);
+    count = group_of(queries + q, num_queries - q);
+    kernels.maxima(codes, begin, end, sample.step, together, tables + q, queries[q].valid(), count,
+                   sums, size);
     for (int64_t i = 0; i < count; ++i) {
-      const int32_t* own = sums + i * size;
-      queries[q + i].expect(kth_largest(own, size, std::min(sample.rank, size), 0, kernels.count));
+      const int64_t rank = std::min(sample.rank, size);
+      const int32_t sum = kth_largest(sums + i * size, size, rank, 0, kernels.count);
+      if (sum > INT32_MIN) queries[q + i].expect(sum);  // or few rows are valid
     }
   }
 }
@@ -105,29 +114,30 @@ void scan(const Codes& codes, int64_t begin, int64_t end, const Sample* sample,
       num_queries == 1 ? std::clamp(all_bytes / 6, 2 * kPieceBytes, 5 * kPieceBytes) : kPieceBytes;
   const int64_t most = 4 + piece_bytes / (codes.groups * 64 + 1) / 4 * 4;
   Room& room = Room::own();
-  const bool odd = num_queries % 2 == 1;
-  uint64_t* scratch = at_least(odd ? most + 32 : 0, room.words);
+  const bool alone = num_queries % 2 == 1 || group_of(queries, num_queries) == 1;
+  uint64_t* scratch = at_least(alone ? most + 32 : 0, room.words);
   uint8_t* flags = at_least(num_queries > 1 ? most * kBlockRows : 0, room.flags);
-  int32_t* found = at_least(odd ? most * kBlockRows + 1 : most, room.found);
+  int32_t* found = at_least(alone ? most * kBlockRows + 1 : most, room.found);
   // Without a sample the first piece is short: all of its rows pass.
   int64_t piece = sample != nullptr ? most : 4;
   for (int64_t from = begin, to; from < end; from = to, piece = std::min(2 * piece, most)) {
     to = std::min(from + piece, end);
     for (int64_t q = 0, count; q < num_queries; q += count) {
-      count = group_of(num_queries - q);
+      count = group_of(queries + q, num_queries - q);
       // What the next queries, or the next piece, will read is fetched in time.
       const int64_t next = q + count < num_queries ? from : to;
       if (count == 1) {
         const int64_t num_found =
             kernels.flag_rows(codes, from, to, next, queries[q].expanded(), queries[q].threshold(),
-                              scratch, found);
+                              queries[q].valid(), scratch, found);
         queries[q].add(found, num_found);
         continue;
       }
       int32_t thresholds[8];
       for (int64_t i = 0; i < count; ++i) thresholds[i] = queries[q + i].threshold();
-      const int64_t num_found = kernels.flag(codes, from, to, next, tables.data() + q, thresholds,
-                                             count, flags, found);
+      const int64_t num_found =
+          kernels.flag(codes, from, to, next, tables.data() + q, thresholds, queries[q].valid(), count,
+                       flags, found);
       hand_out(flags, found, num_found, codes.num_rows, queries + q);
     }
   }
@@ -137,12 +147,13 @@ void scan(const Codes& codes, int64_t begin, int64_t end, const Sample* sample,
 }  // namespace
 
 void FlaggedQuery::start(const Codes& codes, const uint8_t* expanded, const float* table,
-                         const TableBounds& bounds, int64_t k, bool exact,
+                         const TableBounds& bounds, const uint8_t* valid, int64_t k, bool exact,
                          const Kernels& kernels) {
   codes_ = &codes;
   kernels_ = &kernels;
   expanded_ = expanded;
   table_ = table;
+  valid_ = valid;
   base_ = bounds.base;
   delta_ = bounds.delta;
   // What rounding takes from a sum: the mean, and a bound for almost all rows; `width` for all.
@@ -163,7 +174,7 @@ void FlaggedQuery::start(const Codes& codes, const uint8_t* expanded, const floa
 void FlaggedQuery::restart() {
   size_ = num_waiting_ = 0;
   threshold_ = -1;
-  bar_ = expected_ = ordered(-std::numeric_limits<float>::infinity());
+  bar_ = expected_ = kNothing;
 }
 
 // Rows with sums of more than `sum`, or as much, matter.
@@ -179,7 +190,9 @@ void FlaggedQuery::expect(int32_t sum) {
   raise(likely - 1);
 }
 
-bool FlaggedQuery::holds() const { return kernels_->count(keys_.get(), size_, expected_) >= k_; }
+bool FlaggedQuery::holds() const {
+  return expected_ == kNothing || kernels_->count(keys_.get(), size_, expected_) >= k_;
+}
 
 void FlaggedQuery::add(const int32_t* rows, int64_t count) {
   while (count > 0) {

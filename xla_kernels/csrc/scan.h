@@ -58,21 +58,23 @@ struct Kernels {
                      int64_t count, float* out);
   // For flagged.h, of kDwords codes; null: not here.
   // The largest sums in every step-th pair of blocks of [begin, end), `together` pairs at a time: 16
-  // numbers, the largest in each lane, of query q from out + q * stride on; 1, 2, 4 or 8 queries.
+  // numbers, the largest in each lane, of query q from out + q * stride on; 1, 2, 4 or 8 queries. Where
+  // `valid` is not null only of rows whose byte in it is not 0, and INT32_MIN where there are none.
   void (*maxima)(const Codes& codes, int64_t begin, int64_t end, int64_t step, int64_t together,
-                 const uint8_t* const* tables, int64_t num_queries, int32_t* out, int64_t stride) = nullptr;
+                 const uint8_t* const* tables, const uint8_t* valid, int64_t num_queries, int32_t* out,
+                 int64_t stride) = nullptr;
   // The blocks of [begin, end) of which some sum is above its query's threshold: their numbers, and a
   // byte for each of their 32 rows with the bits of those queries: 2, 4 or 8. Returns how many; the
   // lists have room for all blocks (flags: 32 bytes each). Thresholds are at least -1; rows beyond the
-  // last are rows.
+  // last are rows, but not where `valid` tells which are.
   int64_t (*flag)(const Codes& codes, int64_t begin, int64_t end, int64_t next,
-                  const uint8_t* const* tables, const int32_t* thresholds, int64_t num_queries,
-                  uint8_t* flags, int32_t* found) = nullptr;
+                  const uint8_t* const* tables, const int32_t* thresholds, const uint8_t* valid,
+                  int64_t num_queries, uint8_t* flags, int32_t* found) = nullptr;
   // Of one query the rows themselves, in no order; fastest for ranges of a multiple of four blocks. The
   // scratch has room for a word a block and 32 more, rows for all rows and one more.
   int64_t (*flag_rows)(const Codes& codes, int64_t begin, int64_t end, int64_t next,
-                       const uint8_t* table, int32_t threshold, uint64_t* scratch,
-                       int32_t* rows) = nullptr;
+                       const uint8_t* table, int32_t threshold, const uint8_t* valid,
+                       uint64_t* scratch, int32_t* rows) = nullptr;
 };
 
 // exact_rows addresses 32-bit words by signed 32-bit indices.

@@ -426,9 +426,17 @@ __attribute__((always_inline)) inline void add_apart(const uint8_t* block, int64
   }
 }
 
+// The 32 bytes of a mask for block i; 0 for rows beyond the last.
+inline __m256i load_valid(const uint8_t* valid, int64_t i, int64_t num_rows) {
+  const int64_t left = num_rows - 32 * i;
+  const __mmask32 tail = left >= 32 ? ~__mmask32{0} : left <= 0 ? 0 : (__mmask32{1} << left) - 1;
+  return _mm256_maskz_loadu_epi8(tail, valid + 32 * i);
+}
+inline __mmask32 valid_rows(__m256i bytes) { return _mm256_test_epi8_mask(bytes, bytes); }
+
 template <int kQueries>
 void maxima_of(const Codes& codes, int64_t begin, int64_t end, int64_t step, int64_t together,
-               const uint8_t* const* tables, int32_t* out, int64_t stride) {
+               const uint8_t* const* tables, const uint8_t* valid, int32_t* out, int64_t stride) {
   constexpr int64_t kSoon = 4;  // pairs
   const int64_t bytes = codes.groups * 64;
   Local<kQueries> local = {};
@@ -440,16 +448,29 @@ void maxima_of(const Codes& codes, int64_t begin, int64_t end, int64_t step, int
     for (int64_t t = 0; t < together && i < end; ++t, i += 2 * step) {
       const int64_t later = i + 2 * kSoon * step, other = i + 1 < end ? 1 : 0;
       const uint8_t* soon = codes.block(later < end ? later : i);
+      __mmask32 kept[2] = {~__mmask32{0}, ~__mmask32{0}};
+      if (valid != nullptr) {
+        kept[0] = valid_rows(load_valid(valid, i, codes.num_rows));
+        kept[1] = valid_rows(load_valid(valid, i + other, codes.num_rows));
+      }
       if constexpr (kQueries == 1) {
         __m512i sums[4] = {};
         add_apart<2>(codes.block(i), other * bytes, soon, tables[0], bytes, sums);
-        most[0] = _mm512_max_epi32(most[0], largest(sums));
+        UNROLL
+        for (int h = 0; h < 4; ++h) {
+          const auto half = static_cast<__mmask16>(kept[h / 2] >> (h % 2 * 16));
+          most[0] = _mm512_mask_max_epi32(most[0], half, most[0], sums[h]);
+        }
       } else {
         for (int64_t b = 0; b < 2; ++b) {
           __m512i sums[kQueries][2];
           sum_dwords<kQueries, 1>(codes, i + b * other, soon + b * bytes, local, sums);
+          const auto low = static_cast<__mmask16>(kept[b]), high = static_cast<__mmask16>(kept[b] >> 16);
           UNROLL
-          for (int q = 0; q < kQueries; ++q) most[q] = _mm512_max_epi32(most[q], largest(sums[q]));
+          for (int q = 0; q < kQueries; ++q) {
+            most[q] = _mm512_mask_max_epi32(most[q], low, most[q], sums[q][0]);
+            most[q] = _mm512_mask_max_epi32(most[q], high, most[q], sums[q][1]);
+          }
         }
       }
     }
@@ -459,26 +480,28 @@ void maxima_of(const Codes& codes, int64_t begin, int64_t end, int64_t step, int
 }
 
 void maxima(const Codes& codes, int64_t begin, int64_t end, int64_t step, int64_t together,
-            const uint8_t* const* tables, int64_t num_queries, int32_t* out, int64_t stride) {
+            const uint8_t* const* tables, const uint8_t* valid, int64_t num_queries, int32_t* out,
+            int64_t stride) {
   const auto of = num_queries == 8   ? maxima_of<8>
                   : num_queries == 4 ? maxima_of<4>
                   : num_queries == 2 ? maxima_of<2>
                                      : maxima_of<1>;
-  of(codes, begin, end, step, together, tables, out, stride);
+  of(codes, begin, end, step, together, tables, valid, out, stride);
 }
 
 // Sums begin at -threshold - 1: those that pass are not negative. The sign bits of all queries are
 // shifted into the lane of their row, and the bytes of a block are written over those of the last
 // one unless a row of that passed: nothing here waits for a sum.
-template <int kQueries>
+template <int kQueries, bool kMasked>
 __attribute__((always_inline)) inline int64_t flag_dwords(const Codes& codes, int64_t i,
                                                           const uint8_t* soon,
                                                           const Local<kQueries>& local,
-                                                          uint8_t* flags, int32_t* found,
-                                                          int64_t num_found) {
+                                                          const uint8_t* valid, uint8_t* flags,
+                                                          int32_t* found, int64_t num_found) {
   const __m512i none = _mm512_set1_epi32((1 << kQueries) - 1);
   __m512i sums[kQueries][2];
   sum_dwords<kQueries, 1>(codes, i, soon, local, sums);
+  const __mmask32 kept = kMasked ? valid_rows(load_valid(valid, i, codes.num_rows)) : 0;
   __m512i signs[2];
   UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -486,6 +509,7 @@ __attribute__((always_inline)) inline int64_t flag_dwords(const Codes& codes, in
     UNROLL
     for (int q = kQueries - 2; q >= 0; --q) signs[h] = _mm512_shldi_epi32(signs[h], sums[q][h], 1);
     signs[h] = _mm512_xor_si512(signs[h], none);
+    if (kMasked) signs[h] = _mm512_maskz_mov_epi32(static_cast<__mmask16>(kept >> (16 * h)), signs[h]);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(flags + 32 * num_found + 16 * h),
                      _mm512_cvtepi32_epi8(signs[h]));
   }
@@ -494,10 +518,10 @@ __attribute__((always_inline)) inline int64_t flag_dwords(const Codes& codes, in
   return num_found + (_mm512_test_epi32_mask(any, any) != 0);
 }
 
-template <int kQueries>
+template <int kQueries, bool kMasked>
 int64_t flag_of(const Codes& codes, int64_t begin, int64_t end, int64_t next,
-                const uint8_t* const* tables, const int32_t* thresholds, uint8_t* flags,
-                int32_t* found) {
+                const uint8_t* const* tables, const int32_t* thresholds, const uint8_t* valid,
+                uint8_t* flags, int32_t* found) {
   Local<kQueries> local = {};
   for (int q = 0; q < kQueries; ++q) {
     local.table[q] = tables[q];
@@ -507,7 +531,7 @@ int64_t flag_of(const Codes& codes, int64_t begin, int64_t end, int64_t next,
   int64_t num_found = 0;
   for (int64_t i = begin; i < end; ++i) {
     const uint8_t* soon = codes.block(later_block(i, ahead, begin, end, next));
-    num_found = flag_dwords<kQueries>(codes, i, soon, local, flags, found, num_found);
+    num_found = flag_dwords<kQueries, kMasked>(codes, i, soon, local, valid, flags, found, num_found);
   }
   return num_found;
 }
@@ -569,10 +593,19 @@ inline uint64_t sign_bits(__m512i first, __m512i second, __m512i third, __m512i 
       _mm512_packs_epi16(_mm512_packs_epi32(first, second), _mm512_packs_epi32(third, fourth)));
 }
 
+// Which rows of two blocks are valid, in the order of sign_bits().
+inline uint64_t valid_bits(__m256i first, __m256i second) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+  const __m512i bytes = _mm512_permutexvar_epi32(order, both);
+  return _mm512_test_epi8_mask(bytes, bytes);
+}
+
 // Reads the blocks as four ranges, in step: of several streams more is on its way from memory. Nothing
 // waits for a sum: every word of signs is written, over the last one unless a row of that passed.
-int64_t flag_rows(const Codes& all, int64_t begin, int64_t end, int64_t next, const uint8_t* table,
-                  int32_t threshold, uint64_t* scratch, int32_t* rows) {
+template <bool kMasked>
+int64_t flag_rows_of(const Codes& all, int64_t begin, int64_t end, int64_t next, const uint8_t* table,
+                     int32_t threshold, const uint8_t* valid, uint64_t* scratch, int32_t* rows) {
   constexpr int64_t kStreams = 4;
   const Codes codes = all;  // which nobody else can write
   const int64_t bytes = codes.groups * 64, part = (end - begin) / kStreams;
@@ -580,9 +613,14 @@ int64_t flag_rows(const Codes& all, int64_t begin, int64_t end, int64_t next, co
   const __m512i start = _mm512_set1_epi32(-threshold - 1);  // sums that pass are not negative
   auto* const places = reinterpret_cast<int32_t*>(scratch + 2 * part + 8);
   const auto note = [&](int64_t at, uint64_t signs, int64_t block) {
-    scratch[at] = ~signs;
+    uint64_t passed = ~signs;
+    if (kMasked) {
+      passed &= valid_bits(load_valid(valid, block, codes.num_rows),
+                           load_valid(valid, block + part, codes.num_rows));
+    }
+    scratch[at] = passed;
     places[at] = static_cast<int32_t>(block);
-    return at + (signs != ~uint64_t{0});
+    return at + (passed != 0);
   };
   int64_t num_words = 0;
   const uint8_t* soon = codes.block(begin + ahead);
@@ -612,13 +650,24 @@ int64_t flag_rows(const Codes& all, int64_t begin, int64_t end, int64_t next, co
   return num_found;
 }
 
+int64_t flag_rows(const Codes& codes, int64_t begin, int64_t end, int64_t next, const uint8_t* table,
+                  int32_t threshold, const uint8_t* valid, uint64_t* scratch, int32_t* rows) {
+  return (valid != nullptr ? flag_rows_of<true> : flag_rows_of<false>)(
+      codes, begin, end, next, table, threshold, valid, scratch, rows);
+}
+
+template <bool kMasked>
+auto flag_for(int64_t num_queries) {
+  return num_queries == 8   ? flag_of<8, kMasked>
+         : num_queries == 4 ? flag_of<4, kMasked>
+                            : flag_of<2, kMasked>;
+}
+
 int64_t flag(const Codes& codes, int64_t begin, int64_t end, int64_t next,
-             const uint8_t* const* tables, const int32_t* thresholds, int64_t num_queries,
-             uint8_t* flags, int32_t* found) {
-  const auto of = num_queries == 8   ? flag_of<8>
-                  : num_queries == 4 ? flag_of<4>
-                                     : flag_of<2>;
-  return of(codes, begin, end, next, tables, thresholds, flags, found);
+             const uint8_t* const* tables, const int32_t* thresholds, const uint8_t* valid,
+             int64_t num_queries, uint8_t* flags, int32_t* found) {
+  const auto of = valid != nullptr ? flag_for<true>(num_queries) : flag_for<false>(num_queries);
+  return of(codes, begin, end, next, tables, thresholds, valid, flags, found);
 }
 
 // int8 rows, 16 a block: one vpdpbusd adds four products to each row's sum.
