@@ -88,28 +88,42 @@ __attribute__((always_inline)) inline void keep_passing(const ScanQuery* queries
 // Keeps the rows of one query that pass, without asking whether any does: an answer that nobody could
 // foresee costs more.
 template <int kVectors>
-__attribute__((always_inline)) inline void keep_always(const ScanQuery& query,
-                                                       const __m512i (&keys)[kVectors], int64_t row,
-                                                       int64_t num_rows, int32_t& threshold) {
+__attribute__((always_inline)) inline void keep_always(const ScanQuery& query, const __m512i* keys,
+                                                       int64_t row, int64_t num_rows,
+                                                       int32_t& threshold) {
   Collector& out = *query.collector;
+  // Copies that no store can change.
+  int32_t* low = out.low + out.size;
+  int32_t* rows = out.rows + out.size;
+  const uint8_t* const valid = query.valid;
+  const int32_t* const start = low;
   const __m512i bar = _mm512_set1_epi32(threshold);
-  const bool whole = row + 16 * kVectors <= num_rows;
-  int64_t size = out.size;
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(row)), lanes);
+  __mmask16 usable[kVectors];
+  if (row + 16 * kVectors > num_rows) {
+    UNROLL
+    for (int j = 0; j < kVectors; ++j) usable[j] = valid_mask(query, row + 16 * j, num_rows);
+  } else {
+    UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      usable[j] = 0xffff;
+      if (valid == nullptr) continue;
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(valid + row + 16 * j));
+      usable[j] = _mm_test_epi8_mask(bytes, bytes);
+    }
+  }
   UNROLL
   for (int j = 0; j < kVectors; ++j) {
-    const int64_t first = row + 16 * j;
-    __mmask16 kept = _mm512_cmpgt_epi32_mask(keys[j], bar);
-    if (!whole) {
-      kept &= valid_mask(query, first, num_rows);
-    } else if (query.valid != nullptr) {
-      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(query.valid + first));
-      kept &= _mm_test_epi8_mask(bytes, bytes);
-    }
-    _mm512_storeu_si512(out.low + size, _mm512_maskz_compress_epi32(kept, keys[j]));
-    store_rows(out.rows + size, kept, first);
-    size += _mm_popcnt_u32(kept);
+    const __mmask16 kept = _mm512_mask_cmpgt_epi32_mask(usable[j], keys[j], bar);
+    _mm512_storeu_si512(low, _mm512_maskz_compress_epi32(kept, keys[j]));
+    _mm512_storeu_si512(rows, _mm512_maskz_compress_epi32(kept, ids));
+    ids = _mm512_add_epi32(ids, _mm512_set1_epi32(16));
+    const int64_t count = _mm_popcnt_u32(kept);
+    low += count;
+    rows += count;
   }
-  out.size = size;
+  out.size += low - start;
   out.make_room();
   threshold = out.threshold;
 }
@@ -181,6 +195,91 @@ __attribute__((always_inline)) inline void collect_all(const ScanQuery* queries,
   if (__builtin_expect(any != 0, 0)) keep_passing(queries, keys, row, num_rows, threshold);
 }
 
+// Adds the sums of one query for blocks `apart` bytes from each other, as are those to be read soon.
+// As sum_dwords, which keeps more registers for queries: here the pointers themselves move.
+template <int kBlocks>
+__attribute__((always_inline)) inline void add_apart(const uint8_t* block, int64_t apart,
+                                                     const uint8_t* soon, const uint8_t* table,
+                                                     int64_t bytes, __m512i (&sums)[2 * kBlocks]) {
+  const __m512i nibble = _mm512_set1_epi8(0x0f);
+  const __m512i place = _mm512_set1_epi32(0x30201000);
+  const __m512i ones = _mm512_set1_epi8(1);
+  const uint8_t* const end = block + bytes;
+  for (; block != end; block += 64, soon += 64, table += 64) {
+    const __m512i entries = _mm512_load_si512(table);
+    UNROLL
+    for (int b = 0; b < kBlocks; ++b) {
+      __builtin_prefetch(soon + b * apart, 0, 0);
+      const __m512i packed = _mm512_loadu_si512(block + b * apart);
+      const __m512i low = _mm512_ternarylogic_epi32(packed, nibble, place, 0xea);
+      const __m512i high =
+          _mm512_ternarylogic_epi32(_mm512_srli_epi16(packed, 4), nibble, place, 0xea);
+      dot_accumulate(sums[2 * b], _mm512_permutexvar_epi8(low, entries), ones);
+      dot_accumulate(sums[2 * b + 1], _mm512_permutexvar_epi8(high, entries), ones);
+    }
+  }
+}
+
+// add_apart<4>, which GCC 12 spoils now and then: it copies sums or moves addresses through other
+// registers at every step, for a tenth of the time. Here it has no say, nor in the order: with two
+// blocks side by side fewer shuffles, shifts and sums wait for the same ports of Zen 5. kOnce: what is
+// read soon will not be read again, and need not stay in the caches.
+template <bool kOnce>
+__attribute__((always_inline)) inline void add_four(const uint8_t* block, int64_t apart,
+                                                    const uint8_t* soon, const uint8_t* table,
+                                                    int64_t bytes, __m512i (&sums)[8]) {
+#if defined(__SANITIZE_ADDRESS__)
+  add_apart<4>(block, apart, soon, table, bytes, sums);  // whose reads are checked
+#else
+  if (bytes == 0) return;
+#define TWO_BLOCKS(first, second, low_1, high_1, low_2, high_2) \
+  "vmovdqu32 (%[block]" first "), %%zmm17\n\t"                  \
+  "vmovdqu32 (%[block]" second "), %%zmm18\n\t"                 \
+  "vpsrlw $4, %%zmm17, %%zmm19\n\t"                             \
+  "vpsrlw $4, %%zmm18, %%zmm20\n\t"                             \
+  "vpternlogd $0xea, %[place], %[nibble], %%zmm17\n\t"          \
+  "vpternlogd $0xea, %[place], %[nibble], %%zmm18\n\t"          \
+  "vpternlogd $0xea, %[place], %[nibble], %%zmm19\n\t"          \
+  "vpternlogd $0xea, %[place], %[nibble], %%zmm20\n\t"          \
+  "vpermb %%zmm16, %%zmm17, %%zmm17\n\t"                        \
+  "vpermb %%zmm16, %%zmm18, %%zmm18\n\t"                        \
+  "vpermb %%zmm16, %%zmm19, %%zmm19\n\t"                        \
+  "vpermb %%zmm16, %%zmm20, %%zmm20\n\t"                        \
+  "vpdpbusd %[ones], %%zmm17, " low_1 "\n\t"                    \
+  "vpdpbusd %[ones], %%zmm18, " low_2 "\n\t"                    \
+  "vpdpbusd %[ones], %%zmm19, " high_1 "\n\t"                   \
+  "vpdpbusd %[ones], %%zmm20, " high_2 "\n\t"
+#define ADD_FOUR(prefetch)                                                                           \
+  asm(".p2align 5\n"                                                                                 \
+      "2:\n\t"                                                                                       \
+      "vmovdqa64 (%[table]), %%zmm16\n\t"                                                            \
+      prefetch " (%[soon])\n\t"                                                                      \
+      prefetch " (%[soon],%[apart])\n\t"                                                             \
+      prefetch " (%[soon],%[apart],2)\n\t"                                                           \
+      prefetch " (%[soon],%[thrice])\n\t"                                                            \
+      TWO_BLOCKS("", ",%[apart]", "%0", "%1", "%2", "%3")                                            \
+      TWO_BLOCKS(",%[apart],2", ",%[thrice]", "%4", "%5", "%6", "%7")                                \
+      "add $64, %[table]\n\t"                                                                        \
+      "add $64, %[soon]\n\t"                                                                         \
+      "add $64, %[block]\n\t"                                                                        \
+      "cmp %[end], %[block]\n\t"                                                                     \
+      "jne 2b"                                                                                       \
+      : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "+v"(sums[3]), "+v"(sums[4]), "+v"(sums[5]),    \
+        "+v"(sums[6]), "+v"(sums[7]), [block] "+r"(block), [soon] "+r"(soon), [table] "+r"(table)    \
+      : [end] "r"(block + bytes), [apart] "r"(apart), [thrice] "r"(3 * apart),                       \
+        [nibble] "v"(_mm512_set1_epi8(0x0f)), [place] "v"(_mm512_set1_epi32(0x30201000)),            \
+        [ones] "v"(_mm512_set1_epi8(1))                                                              \
+      : "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "cc", "memory")
+  if constexpr (kOnce) {
+    ADD_FOUR("prefetchnta");
+  } else {
+    ADD_FOUR("prefetcht0");
+  }
+#undef ADD_FOUR
+#undef TWO_BLOCKS
+#endif
+}
+
 // What a scan reads of its queries at every block, where the compiler knows that nobody else writes.
 template <int kQueries>
 struct Local {
@@ -206,6 +305,10 @@ __attribute__((always_inline)) inline void sum_dwords(const Codes& codes, int64_
   for (int q = 0; q < kQueries; ++q) {
     UNROLL
     for (int b = 0; b < 2 * kBlocks; ++b) sums[q][b] = _mm512_set1_epi32(local.shift[q]);
+  }
+  if constexpr (kQueries == 1 && kBlocks == 4) {
+    add_four<false>(block[0], bytes, soon, local.table[0], bytes, sums[0]);
+    return;
   }
   for (int64_t g = 0; g < bytes; g += 64) {
     asm("" : "+r"(g));  // one offset for all pointers
@@ -239,7 +342,13 @@ __attribute__((always_inline)) inline void scan_dwords(const Codes& codes, const
   __m512i sums[kQueries][2 * kBlocks];
   sum_dwords<kQueries, kBlocks>(codes, i, soon, local, sums);
   if constexpr (kAlone && !kAffine) {
-    keep_always(queries[0], sums[0], i * 32, codes.num_rows, local.threshold[0]);
+    // A collector makes room for two blocks.
+    constexpr int kVectors = kBlocks == 1 ? 2 : 4;
+    UNROLL
+    for (int j = 0; j < 2 * kBlocks; j += kVectors) {
+      keep_always<kVectors>(queries[0], sums[0] + j, i * 32 + 16 * j, codes.num_rows,
+                            local.threshold[0]);
+    }
   } else {
     collect_all<kQueries, 2 * kBlocks, kAffine>(queries, sums, terms, i * 32, codes.num_rows,
                                                 local.threshold);
@@ -268,6 +377,13 @@ void range_dwords(const Codes& codes, const RowTerms& terms, int64_t begin, int6
     local.threshold[q] = queries[q].collector->threshold;
   }
   int64_t i = begin;
+  if constexpr (kAlone && !kAffine) {
+    for (; i + 4 <= end; i += 4) {
+      const int64_t later = later_block(i, ahead, begin, end, next);
+      if (queries[0].valid != nullptr) __builtin_prefetch(queries[0].valid + 32 * later);
+      scan_dwords<kQueries, 4, kAffine, kAlone>(codes, terms, i, codes.block(later), queries, local);
+    }
+  }
   for (; i + kBlocks <= end; i += kBlocks) {
     const int64_t later = later_block(i, ahead, begin, end, next);
     if (kAffine && terms.level != nullptr) __builtin_prefetch(terms.level + 32 * later);
@@ -401,31 +517,6 @@ void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
   }
 }
 
-// Adds the sums of one query for blocks `apart` bytes from each other, as are those to be read soon.
-// As sum_dwords, which keeps more registers for queries: here the pointers themselves move.
-template <int kBlocks>
-__attribute__((always_inline)) inline void add_apart(const uint8_t* block, int64_t apart,
-                                                     const uint8_t* soon, const uint8_t* table,
-                                                     int64_t bytes, __m512i (&sums)[2 * kBlocks]) {
-  const __m512i nibble = _mm512_set1_epi8(0x0f);
-  const __m512i place = _mm512_set1_epi32(0x30201000);
-  const __m512i ones = _mm512_set1_epi8(1);
-  const uint8_t* const end = block + bytes;
-  for (; block != end; block += 64, soon += 64, table += 64) {
-    const __m512i entries = _mm512_load_si512(table);
-    UNROLL
-    for (int b = 0; b < kBlocks; ++b) {
-      __builtin_prefetch(soon + b * apart, 0, 0);
-      const __m512i packed = _mm512_loadu_si512(block + b * apart);
-      const __m512i low = _mm512_ternarylogic_epi32(packed, nibble, place, 0xea);
-      const __m512i high =
-          _mm512_ternarylogic_epi32(_mm512_srli_epi16(packed, 4), nibble, place, 0xea);
-      dot_accumulate(sums[2 * b], _mm512_permutexvar_epi8(low, entries), ones);
-      dot_accumulate(sums[2 * b + 1], _mm512_permutexvar_epi8(high, entries), ones);
-    }
-  }
-}
-
 // The 32 bytes of a mask for block i; 0 for rows beyond the last.
 inline __m256i load_valid(const uint8_t* valid, int64_t i, int64_t num_rows) {
   const int64_t left = num_rows - 32 * i;
@@ -536,56 +627,6 @@ int64_t flag_of(const Codes& codes, int64_t begin, int64_t end, int64_t next,
   return num_found;
 }
 
-// add_apart<4>, which GCC 12 spoils now and then: it copies sums or moves addresses through other
-// registers at every step, for a tenth of the time. Here it has no say, nor in the order: with two
-// blocks side by side fewer shuffles, shifts and sums wait for the same ports of Zen 5.
-inline void add_four(const uint8_t* block, int64_t apart, const uint8_t* soon, const uint8_t* table,
-                     int64_t bytes, __m512i (&sums)[8]) {
-#if defined(__SANITIZE_ADDRESS__)
-  add_apart<4>(block, apart, soon, table, bytes, sums);  // whose reads are checked
-#else
-  if (bytes == 0) return;
-#define TWO_BLOCKS(first, second, low_1, high_1, low_2, high_2) \
-  "vmovdqu32 (%[block]" first "), %%zmm17\n\t"                  \
-  "vmovdqu32 (%[block]" second "), %%zmm18\n\t"                 \
-  "vpsrlw $4, %%zmm17, %%zmm19\n\t"                             \
-  "vpsrlw $4, %%zmm18, %%zmm20\n\t"                             \
-  "vpternlogd $0xea, %[place], %[nibble], %%zmm17\n\t"          \
-  "vpternlogd $0xea, %[place], %[nibble], %%zmm18\n\t"          \
-  "vpternlogd $0xea, %[place], %[nibble], %%zmm19\n\t"          \
-  "vpternlogd $0xea, %[place], %[nibble], %%zmm20\n\t"          \
-  "vpermb %%zmm16, %%zmm17, %%zmm17\n\t"                        \
-  "vpermb %%zmm16, %%zmm18, %%zmm18\n\t"                        \
-  "vpermb %%zmm16, %%zmm19, %%zmm19\n\t"                        \
-  "vpermb %%zmm16, %%zmm20, %%zmm20\n\t"                        \
-  "vpdpbusd %[ones], %%zmm17, " low_1 "\n\t"                    \
-  "vpdpbusd %[ones], %%zmm18, " low_2 "\n\t"                    \
-  "vpdpbusd %[ones], %%zmm19, " high_1 "\n\t"                   \
-  "vpdpbusd %[ones], %%zmm20, " high_2 "\n\t"
-  asm(".p2align 5\n"
-      "2:\n\t"
-      "vmovdqa64 (%[table]), %%zmm16\n\t"
-      "prefetchnta (%[soon])\n\t"
-      "prefetchnta (%[soon],%[apart])\n\t"
-      "prefetchnta (%[soon],%[apart],2)\n\t"
-      "prefetchnta (%[soon],%[thrice])\n\t"
-      TWO_BLOCKS("", ",%[apart]", "%0", "%1", "%2", "%3")
-      TWO_BLOCKS(",%[apart],2", ",%[thrice]", "%4", "%5", "%6", "%7")
-      "add $64, %[table]\n\t"
-      "add $64, %[soon]\n\t"
-      "add $64, %[block]\n\t"
-      "cmp %[end], %[block]\n\t"
-      "jne 2b"
-      : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "+v"(sums[3]), "+v"(sums[4]), "+v"(sums[5]),
-        "+v"(sums[6]), "+v"(sums[7]), [block] "+r"(block), [soon] "+r"(soon), [table] "+r"(table)
-      : [end] "r"(block + bytes), [apart] "r"(apart), [thrice] "r"(3 * apart),
-        [nibble] "v"(_mm512_set1_epi8(0x0f)), [place] "v"(_mm512_set1_epi32(0x30201000)),
-        [ones] "v"(_mm512_set1_epi8(1))
-      : "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "cc", "memory");
-#undef TWO_BLOCKS
-#endif
-}
-
 // The signs of four vectors of sums: that of lane 4 l + j of vector v is bit 16 l + 4 v + j.
 inline uint64_t sign_bits(__m512i first, __m512i second, __m512i third, __m512i fourth) {
   // Saturation keeps signs.
@@ -627,7 +668,7 @@ int64_t flag_rows_of(const Codes& all, int64_t begin, int64_t end, int64_t next,
   for (int64_t i = begin; i < begin + part; ++i, soon += bytes) {
     if (i + ahead == begin + part) soon = codes.block(next);
     __m512i sums[2 * kStreams] = {start, start, start, start, start, start, start, start};
-    add_four(codes.block(i), part * bytes, soon, table, bytes, sums);
+    add_four<true>(codes.block(i), part * bytes, soon, table, bytes, sums);
     num_words = note(num_words, sign_bits(sums[0], sums[1], sums[2], sums[3]), i);
     num_words = note(num_words, sign_bits(sums[4], sums[5], sums[6], sums[7]), i + 2 * part);
   }
