@@ -175,6 +175,7 @@ void FlaggedQuery::restart() {
   size_ = num_waiting_ = 0;
   threshold_ = -1;
   bar_ = expected_ = kNothing;
+  bar_row_ = INT32_MAX;
 }
 
 // Rows with sums of more than `sum`, or as much, matter.
@@ -213,7 +214,7 @@ void FlaggedQuery::finish() {
   for (int64_t i = 0; i < num_waiting_; ++i) {
     keys[size_] = ordered(scores[i] + 0.0f);  // -0 becomes 0
     rows[size_] = waiting_[i];
-    size_ += keys[size_] >= bar_;
+    size_ += keys[size_] > bar_ || (keys[size_] == bar_ && waiting_[i] < bar_row_);
   }
   num_waiting_ = 0;
   if (size_ >= limit_) trim();
@@ -225,7 +226,6 @@ void FlaggedQuery::trim() {
   int32_t* keys = keys_.get();
   int32_t* rows = keys + limit_ + kTogether;
   const int32_t kth = kth_largest(keys, size_, k_, 0, kernels_->count);
-  bar_ = kth;
   const auto leave = [&](int32_t last_of_equals) {
     int64_t kept = 0;
     for (int64_t i = 0; i < size_; ++i) {
@@ -236,7 +236,9 @@ void FlaggedQuery::trim() {
     }
     size_ = kept;
   };
-  leave(INT32_MAX);
+  bar_ = kth;
+  bar_row_ = INT32_MAX;
+  leave(bar_row_);
   if (size_ > k_) {
     std::vector<int32_t> equals;
     for (int64_t i = 0; i < size_; ++i) {
@@ -244,7 +246,8 @@ void FlaggedQuery::trim() {
     }
     const auto last = equals.end() - 1 - (size_ - k_);
     std::nth_element(equals.begin(), last, equals.end());
-    leave(*last);
+    bar_row_ = *last;
+    leave(bar_row_);
   }
   raise((static_cast<double>(from_ordered(kth)) - base_) / delta_);
 }

@@ -54,7 +54,8 @@ class FlaggedQuery {
   const float* table_ = nullptr;
   double base_ = 0, delta_ = 1, likely_ = 0, slack_ = 0;
   int64_t k_ = 0, limit_ = 0, size_ = 0, num_waiting_ = 0;
-  int32_t threshold_ = -1, bar_ = 0, expected_ = 0;
+  int32_t threshold_ = -1, expected_ = 0;
+  int32_t bar_ = 0, bar_row_ = 0;  // the last of the k best: rows must be better, or equal and before it
   int32_t waiting_[kTogether] = {};
   std::unique_ptr<int32_t[]> keys_;
   int64_t stored_ = 0;
