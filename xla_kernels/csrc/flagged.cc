@@ -55,24 +55,19 @@ T* at_least(int64_t size, std::vector<T>& kept) {
   return kept.data();
 }
 
-// The first of these queries that are scanned together: 8, 4, 2 or 1. Those with masks of their own are
-// scanned alone; the others have none, or all the same.
-int64_t group_of(const FlaggedQuery* queries, int64_t left) {
-  if (left < 2 || queries[0].valid() != queries[1].valid()) return 1;
-  return left >= 8 ? 8 : left >= 4 ? 4 : 2;
-}
+// The queries that are scanned together: 8, 4, 2 or 1.
+int64_t group_of(int64_t left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
-void expect(const Codes& codes, int64_t begin, int64_t end, const Sample& sample,
-            FlaggedQuery* queries, const uint8_t* const* tables, int64_t num_queries,
-            const Kernels& kernels) {
+void expect(const Codes& codes, int64_t begin, int64_t end, const uint8_t* valid,
+            const Sample& sample, FlaggedQuery* queries, const uint8_t* const* tables,
+            int64_t num_queries, const Kernels& kernels) {
   const int64_t pairs = (end - begin + 2 * sample.step - 1) / (2 * sample.step);
   const int64_t together = std::max<int64_t>(1, pairs / (4 * sample.rank));
   const int64_t size = (pairs + together - 1) / together * 16;
   int32_t* sums = at_least(8 * size, Room::own().found);
   for (int64_t q = 0, count; q < num_queries; q += count) {
-    count = group_of(queries + q, num_queries - q);
-    kernels.maxima(codes, begin, end, sample.step, together, tables + q, queries[q].valid(), count,
-                   sums, size);
+    count = group_of(num_queries - q);
+    kernels.maxima(codes, begin, end, sample.step, together, tables + q, valid, count, sums, size);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t rank = std::min(sample.rank, size);
       const int32_t sum = kth_largest(sums + i * size, size, rank, 0, kernels.count);
@@ -99,45 +94,45 @@ void hand_out(const uint8_t* flags, const int32_t* found, int64_t num_found, int
   }
 }
 
-void scan(const Codes& codes, int64_t begin, int64_t end, const Sample* sample,
+void scan(const Codes& codes, int64_t begin, int64_t end, const uint8_t* valid, const Sample* sample,
           FlaggedQuery* queries, int64_t num_queries, const Kernels& kernels) {
   std::vector<const uint8_t*> tables(static_cast<size_t>(num_queries));
   for (int64_t q = 0; q < num_queries; ++q) tables[static_cast<size_t>(q)] = queries[q].expanded();
   if (sample != nullptr) {
     const int64_t whole = std::min(end, codes.num_rows / kBlockRows);
-    expect(codes, begin, whole, *sample, queries, tables.data(), num_queries, kernels);
+    expect(codes, begin, whole, valid, *sample, queries, tables.data(), num_queries, kernels);
   }
-  // Flagged rows are scored while their codes are cached. A multiple of four blocks: see flag_rows.
+  // Flagged rows are scored while their codes are cached. Pieces of a multiple of four blocks: see flag_rows.
   // One query gains by fewer pieces, of long ranges.
   const int64_t all_bytes = (end - begin) * codes.groups * 64;
   const int64_t piece_bytes =
       num_queries == 1 ? std::clamp(all_bytes / 6, 2 * kPieceBytes, 5 * kPieceBytes) : kPieceBytes;
-  const int64_t most = 4 + piece_bytes / (codes.groups * 64 + 1) / 4 * 4;
+  const int64_t most = std::min(4 + piece_bytes / (codes.groups * 64 + 1) / 4 * 4,
+                                (end - begin + 3) / 4 * 4);
   Room& room = Room::own();
-  const bool alone = num_queries % 2 == 1 || group_of(queries, num_queries) == 1;
-  uint64_t* scratch = at_least(alone ? most + 32 : 0, room.words);
+  const bool odd = num_queries % 2 == 1;
+  uint64_t* scratch = at_least(odd ? most + 32 : 0, room.words);
   uint8_t* flags = at_least(num_queries > 1 ? most * kBlockRows : 0, room.flags);
-  int32_t* found = at_least(alone ? most * kBlockRows + 1 : most, room.found);
+  int32_t* found = at_least(odd ? most * kBlockRows + 1 : most, room.found);
   // Without a sample the first piece is short: all of its rows pass.
   int64_t piece = sample != nullptr ? most : 4;
   for (int64_t from = begin, to; from < end; from = to, piece = std::min(2 * piece, most)) {
     to = std::min(from + piece, end);
     for (int64_t q = 0, count; q < num_queries; q += count) {
-      count = group_of(queries + q, num_queries - q);
+      count = group_of(num_queries - q);
       // What the next queries, or the next piece, will read is fetched in time.
       const int64_t next = q + count < num_queries ? from : to;
       if (count == 1) {
         const int64_t num_found =
             kernels.flag_rows(codes, from, to, next, queries[q].expanded(), queries[q].threshold(),
-                              queries[q].valid(), scratch, found);
+                              valid, scratch, found);
         queries[q].add(found, num_found);
         continue;
       }
       int32_t thresholds[8];
       for (int64_t i = 0; i < count; ++i) thresholds[i] = queries[q + i].threshold();
       const int64_t num_found =
-          kernels.flag(codes, from, to, next, tables.data() + q, thresholds, queries[q].valid(), count,
-                       flags, found);
+          kernels.flag(codes, from, to, next, tables.data() + q, thresholds, valid, count, flags, found);
       hand_out(flags, found, num_found, codes.num_rows, queries + q);
     }
   }
@@ -147,13 +142,12 @@ void scan(const Codes& codes, int64_t begin, int64_t end, const Sample* sample,
 }  // namespace
 
 void FlaggedQuery::start(const Codes& codes, const uint8_t* expanded, const float* table,
-                         const TableBounds& bounds, const uint8_t* valid, int64_t k, bool exact,
+                         const TableBounds& bounds, int64_t k, bool exact,
                          const Kernels& kernels) {
   codes_ = &codes;
   kernels_ = &kernels;
   expanded_ = expanded;
   table_ = table;
-  valid_ = valid;
   base_ = bounds.base;
   delta_ = bounds.delta;
   // What rounding takes from a sum: the mean, and a bound for almost all rows; `width` for all.
@@ -256,18 +250,18 @@ bool can_flag(const Codes& codes, int64_t blocks, int64_t k, const Kernels& kern
   return kernels.flag != nullptr && gatherable(codes) && Sample::of(blocks, k).fits(blocks);
 }
 
-void scan_flagged(const Codes& codes, int64_t begin, int64_t end, int64_t k, FlaggedQuery* queries,
-                  int64_t num_queries, const Kernels& kernels) {
+void scan_flagged(const Codes& codes, int64_t begin, int64_t end, const uint8_t* valid, int64_t k,
+                  FlaggedQuery* queries, int64_t num_queries, const Kernels& kernels) {
   // The last range of several may be too short.
   const int64_t blocks = std::min(end, codes.num_rows / kBlockRows) - begin;
   const Sample sample = Sample::of(blocks, k);
   const bool fits = sample.fits(blocks);
-  scan(codes, begin, end, fits ? &sample : nullptr, queries, num_queries, kernels);
+  scan(codes, begin, end, valid, fits ? &sample : nullptr, queries, num_queries, kernels);
   if (!fits) return;
   for (int64_t q = 0; q < num_queries; ++q) {
     if (queries[q].holds()) continue;
     queries[q].restart();
-    scan(codes, begin, end, nullptr, queries + q, 1, kernels);
+    scan(codes, begin, end, valid, nullptr, queries + q, 1, kernels);
   }
 }
 

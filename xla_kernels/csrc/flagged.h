@@ -16,11 +16,9 @@ namespace xla_kernels {
 class FlaggedQuery {
  public:
   // expanded: Kernels::expand of the rounded table; table: the exact one, 16 entries a subspace.
-  // valid: a byte for each row, or null. Not exact: rows whose rounding was unusually large may be
-  // missed.
+  // Not exact: rows whose rounding was unusually large may be missed.
   void start(const Codes& codes, const uint8_t* expanded, const float* table,
-             const TableBounds& bounds, const uint8_t* valid, int64_t k, bool exact,
-             const Kernels& kernels);
+             const TableBounds& bounds, int64_t k, bool exact, const Kernels& kernels);
 
   void restart();  // forgets what was found and expected
 
@@ -34,7 +32,6 @@ class FlaggedQuery {
   void finish();  // after the last
 
   const uint8_t* expanded() const { return expanded_; }
-  const uint8_t* valid() const { return valid_; }
   int32_t threshold() const { return threshold_; }  // sums above it may matter; at least -1
   // The rows found, k or a few more, and their scores as ordered(); in no order.
   int64_t size() const { return size_; }
@@ -50,7 +47,6 @@ class FlaggedQuery {
   const Codes* codes_ = nullptr;
   const Kernels* kernels_ = nullptr;
   const uint8_t* expanded_ = nullptr;
-  const uint8_t* valid_ = nullptr;
   const float* table_ = nullptr;
   double base_ = 0, delta_ = 1, likely_ = 0, slack_ = 0;
   int64_t k_ = 0, limit_ = 0, size_ = 0, num_waiting_ = 0;
@@ -65,8 +61,8 @@ class FlaggedQuery {
 // long enough for a sample of their rows to spare flagging most that come before k good ones.
 bool can_flag(const Codes& codes, int64_t blocks, int64_t k, const Kernels& kernels);
 
-// Scans blocks [begin, end) for all queries.
-void scan_flagged(const Codes& codes, int64_t begin, int64_t end, int64_t k, FlaggedQuery* queries,
-                  int64_t num_queries, const Kernels& kernels);
+// Scans blocks [begin, end) for all queries. valid: a byte for each row, for all of them, or null.
+void scan_flagged(const Codes& codes, int64_t begin, int64_t end, const uint8_t* valid, int64_t k,
+                  FlaggedQuery* queries, int64_t num_queries, const Kernels& kernels);
 
 }  // namespace xla_kernels

@@ -51,7 +51,7 @@ __attribute__((always_inline)) inline __m512i largest(const __m512i (&keys)[kVec
 __attribute__((always_inline)) inline void store_kept(const ScanQuery& query, __mmask16 mask,
                                                       __m512i keys, int64_t row, int64_t num_rows) {
   Collector& out = *query.collector;
-  mask &= valid_mask(query, row, num_rows);
+  mask &= valid_mask(query.valid, row, num_rows);
   _mm512_storeu_si512(out.low + out.size, _mm512_maskz_compress_epi32(mask, keys));
   store_rows(out.rows + out.size, mask, row);
   out.size += _mm_popcnt_u32(mask);
@@ -103,7 +103,7 @@ __attribute__((always_inline)) inline void keep_always(const ScanQuery& query, c
   __mmask16 usable[kVectors];
   if (row + 16 * kVectors > num_rows) {
     UNROLL
-    for (int j = 0; j < kVectors; ++j) usable[j] = valid_mask(query, row + 16 * j, num_rows);
+    for (int j = 0; j < kVectors; ++j) usable[j] = valid_mask(valid, row + 16 * j, num_rows);
   } else {
     UNROLL
     for (int j = 0; j < kVectors; ++j) {
@@ -517,14 +517,6 @@ void scan(const Codes& codes, const RowTerms& terms, int64_t begin, int64_t end,
   }
 }
 
-// The 32 bytes of a mask for block i; 0 for rows beyond the last.
-inline __m256i load_valid(const uint8_t* valid, int64_t i, int64_t num_rows) {
-  const int64_t left = num_rows - 32 * i;
-  const __mmask32 tail = left >= 32 ? ~__mmask32{0} : left <= 0 ? 0 : (__mmask32{1} << left) - 1;
-  return _mm256_maskz_loadu_epi8(tail, valid + 32 * i);
-}
-inline __mmask32 valid_rows(__m256i bytes) { return _mm256_test_epi8_mask(bytes, bytes); }
-
 template <int kQueries>
 void maxima_of(const Codes& codes, int64_t begin, int64_t end, int64_t step, int64_t together,
                const uint8_t* const* tables, const uint8_t* valid, int32_t* out, int64_t stride) {
@@ -539,28 +531,25 @@ void maxima_of(const Codes& codes, int64_t begin, int64_t end, int64_t step, int
     for (int64_t t = 0; t < together && i < end; ++t, i += 2 * step) {
       const int64_t later = i + 2 * kSoon * step, other = i + 1 < end ? 1 : 0;
       const uint8_t* soon = codes.block(later < end ? later : i);
-      __mmask32 kept[2] = {~__mmask32{0}, ~__mmask32{0}};
-      if (valid != nullptr) {
-        kept[0] = valid_rows(load_valid(valid, i, codes.num_rows));
-        kept[1] = valid_rows(load_valid(valid, i + other, codes.num_rows));
+      __mmask16 kept[4];  // of the halves of both blocks
+      for (int64_t h = 0; h < 4; ++h) {
+        kept[h] = valid_mask(valid, 32 * (i + h / 2 * other) + 16 * (h % 2), codes.num_rows);
       }
       if constexpr (kQueries == 1) {
         __m512i sums[4] = {};
         add_apart<2>(codes.block(i), other * bytes, soon, tables[0], bytes, sums);
         UNROLL
         for (int h = 0; h < 4; ++h) {
-          const auto half = static_cast<__mmask16>(kept[h / 2] >> (h % 2 * 16));
-          most[0] = _mm512_mask_max_epi32(most[0], half, most[0], sums[h]);
+          most[0] = _mm512_mask_max_epi32(most[0], kept[h], most[0], sums[h]);
         }
       } else {
         for (int64_t b = 0; b < 2; ++b) {
           __m512i sums[kQueries][2];
           sum_dwords<kQueries, 1>(codes, i + b * other, soon + b * bytes, local, sums);
-          const auto low = static_cast<__mmask16>(kept[b]), high = static_cast<__mmask16>(kept[b] >> 16);
           UNROLL
           for (int q = 0; q < kQueries; ++q) {
-            most[q] = _mm512_mask_max_epi32(most[q], low, most[q], sums[q][0]);
-            most[q] = _mm512_mask_max_epi32(most[q], high, most[q], sums[q][1]);
+            most[q] = _mm512_mask_max_epi32(most[q], kept[2 * b], most[q], sums[q][0]);
+            most[q] = _mm512_mask_max_epi32(most[q], kept[2 * b + 1], most[q], sums[q][1]);
           }
         }
       }
@@ -592,7 +581,6 @@ __attribute__((always_inline)) inline int64_t flag_dwords(const Codes& codes, in
   const __m512i none = _mm512_set1_epi32((1 << kQueries) - 1);
   __m512i sums[kQueries][2];
   sum_dwords<kQueries, 1>(codes, i, soon, local, sums);
-  const __mmask32 kept = kMasked ? valid_rows(load_valid(valid, i, codes.num_rows)) : 0;
   __m512i signs[2];
   UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -600,7 +588,10 @@ __attribute__((always_inline)) inline int64_t flag_dwords(const Codes& codes, in
     UNROLL
     for (int q = kQueries - 2; q >= 0; --q) signs[h] = _mm512_shldi_epi32(signs[h], sums[q][h], 1);
     signs[h] = _mm512_xor_si512(signs[h], none);
-    if (kMasked) signs[h] = _mm512_maskz_mov_epi32(static_cast<__mmask16>(kept >> (16 * h)), signs[h]);
+    if (kMasked) {
+      const __mmask16 kept = valid_mask(valid, 32 * i + 16 * h, codes.num_rows);
+      signs[h] = _mm512_maskz_mov_epi32(kept, signs[h]);
+    }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(flags + 32 * num_found + 16 * h),
                      _mm512_cvtepi32_epi8(signs[h]));
   }
@@ -635,11 +626,14 @@ inline uint64_t sign_bits(__m512i first, __m512i second, __m512i third, __m512i 
 }
 
 // Which rows of two blocks are valid, in the order of sign_bits().
-inline uint64_t valid_bits(__m256i first, __m256i second) {
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
-  const __m512i bytes = _mm512_permutexvar_epi32(order, both);
-  return _mm512_test_epi8_mask(bytes, bytes);
+inline uint64_t valid_bits(const uint8_t* valid, int64_t first, int64_t second, int64_t num_rows) {
+  uint64_t bits = 0;
+  UNROLL
+  for (int v = 0; v < 4; ++v) {
+    const int64_t row = 32 * (v < 2 ? first : second) + 16 * (v % 2);
+    bits |= _pdep_u64(valid_mask(valid, row, num_rows), 0x000f000f000f000full << (4 * v));
+  }
+  return bits;
 }
 
 // Reads the blocks as four ranges, in step: of several streams more is on its way from memory. Nothing
@@ -655,10 +649,7 @@ int64_t flag_rows_of(const Codes& all, int64_t begin, int64_t end, int64_t next,
   auto* const places = reinterpret_cast<int32_t*>(scratch + 2 * part + 8);
   const auto note = [&](int64_t at, uint64_t signs, int64_t block) {
     uint64_t passed = ~signs;
-    if (kMasked) {
-      passed &= valid_bits(load_valid(valid, block, codes.num_rows),
-                           load_valid(valid, block + part, codes.num_rows));
-    }
+    if (kMasked) passed &= valid_bits(valid, block, block + part, codes.num_rows);
     scratch[at] = passed;
     places[at] = static_cast<int32_t>(block);
     return at + (passed != 0);

@@ -133,7 +133,9 @@ class Tile {
         std::min(blocks_per_shard_ * a_.codes.block_rows(), a_.codes.num_rows);
     capacity_ = Collector::capacity_for(a_.k, rows_per_shard);
     affine_ = a_.terms.gain != nullptr || a_.terms.offset != nullptr;
-    flagged_ = !affine_ && can_flag(a_.codes, blocks_per_shard_, a_.k, kernels_);
+    // Masks of their own keep queries from sharing what is flagged.
+    flagged_ = !affine_ && a_.valid_queries <= 1 &&
+               can_flag(a_.codes, blocks_per_shard_, a_.k, kernels_);
   }
 
   int64_t shards() const { return shards_; }
@@ -250,9 +252,9 @@ class Tile {
       const int64_t q = live_[static_cast<size_t>(j)];
       const float* table = padded_.empty() ? table_of(q) : padded_of(static_cast<size_t>(j));
       found[j - from].start(a_.codes, expanded_.data + q * expanded_bytes_, table,
-                            bounds_[static_cast<size_t>(q)], valid_of(q), a_.k, a_.exact, kernels_);
+                            bounds_[static_cast<size_t>(q)], a_.k, a_.exact, kernels_);
     }
-    scan_flagged(a_.codes, begin, end, a_.k, found, to - from, kernels_);
+    scan_flagged(a_.codes, begin, end, valid_of(0), a_.k, found, to - from, kernels_);
   }
   void write_found(int64_t j) {
     std::vector<uint64_t> keys;
