@@ -5,6 +5,9 @@ sides run in the same process, one thread, a few calls at a time in turn; the fi
 are not counted, so that nobody pays for the caches another side left behind. Reported are medians
 of CPU time (which other processes do not inflate) beside the wall clock.
 
+One query is also asked of ``direct_adc_top_k``, which takes the query and makes its table as FAISS
+does, without JAX between; the other sides are jitted functions of tables.
+
 Codes of 4 bits run beside ``IndexPQFastScan``; codes of ``--more-bits`` (6 and 8: 64 and 256
 codewords) beside ``IndexPQ`` and XLA's gather, at the first of ``--n`` and ``--more-batches``.
 
@@ -89,6 +92,10 @@ def adc_case(n, m, batches, k, budget, plain_xla, bits=4):
             "exact": lambda t=tables, s=search: jax.block_until_ready(s(t, packed)),
             "rounded": lambda t=tables, s=rounded: jax.block_until_ready(s(t, packed)),
         }
+        find = xla_kernels.direct_adc_top_k(packed, k=k, codewords=words)
+        if b == 1:
+            # Arrays of NumPy in and out, as FAISS; the sides above have their tables made before.
+            sides["direct"] = lambda queries=queries, f=find: f(queries)
         # One query of an index that fits a cache is over before the cache is warm: count more.
         spent = measure(sides, budget, *((10, 5) if b == 1 else (1, 0) if b > 500 else (3, 1)))
         if plain_xla and b == 1:
@@ -111,8 +118,10 @@ def adc_case(n, m, batches, k, budget, plain_xla, bits=4):
         for j in range(m):
             sums += np.asarray(tables)[:checked, j][:, codes[:, j]]
         want = np.argsort(-sums, axis=1, kind="stable")[:, :k]
-        same = bool((ids[:checked] == want).all())
-        exact_scores = bool((scores[:checked] == np.take_along_axis(sums, want, 1)).all())
+        best = np.take_along_axis(sums, want, 1)
+        direct_scores, direct_ids = find(queries[:checked])
+        same = bool((ids[:checked] == want).all() and (direct_ids == want).all())
+        exact_scores = bool((scores[:checked] == best).all() and (direct_scores == best).all())
         faiss_ids = index.search(queries[:checked], k)[1]
         overlap = float(
             np.mean([len(np.intersect1d(x, y)) / k for x, y in zip(faiss_ids, want, strict=True)])
@@ -132,6 +141,11 @@ def adc_case(n, m, batches, k, budget, plain_xla, bits=4):
             "ns_per_point_and_query_wall": {name: round(x[1], 4) for name, x in per.items()},
             "faiss_over_exact": round(per["faiss"][0] / per["exact"][0], 3),
             "faiss_over_rounded": round(per["faiss"][0] / per["rounded"][0], 3),
+            **(
+                {"faiss_over_direct": round(per["faiss"][0] / per["direct"][0], 3)}
+                if b == 1
+                else {}
+            ),
             "ids_equal_numpy_adc": same,
             "scores_equal_numpy_adc": exact_scores,
             "faiss_overlap_with_numpy_adc": round(overlap, 4),

@@ -177,16 +177,22 @@ def _mips(result: dict) -> str:
 def _adc(result: dict) -> str:
     lines = [
         "Flat scan of 4-bit codes with selection of the best 100, CPU nanoseconds a point and "
-        "query on one core; ids of the exact mode equal a NumPy computation in the same run.",
+        "query on one core; ids of the exact modes equal a NumPy computation in the same run. "
+        "\"Exact\" and \"rounded\" are jitted calls of `adc_top_k`, \"direct\" is one of "
+        "`direct_adc_top_k`, from a query in NumPy to ids in NumPy as FAISS's.",
         "",
-        "| rows | subspaces | queries at once | FAISS | exact | rounded | FAISS / exact |",
-        "|---|---|---|---|---|---|---|",
+        "| rows | subspaces | queries at once | FAISS | exact | rounded | direct | FAISS / exact "
+        "| FAISS / direct |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["adc"]:
         t = row["ns_per_point_and_query_cpu"]
+        direct = "-", "-"
+        if "direct" in t:
+            direct = f"{t['direct']:.2f}", f"{row['faiss_over_direct']:.2f}"
         lines.append(
             f"| {row['n']:,} | {row['m']} | {row['batch']} | {t['faiss']:.2f} | {t['exact']:.2f} "
-            f"| {t['rounded']:.2f} | {row['faiss_over_exact']:.2f} |"
+            f"| {t['rounded']:.2f} | {direct[0]} | {row['faiss_over_exact']:.2f} | {direct[1]} |"
         )
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     return "\n".join([*lines, "", f"{result['machine']['simd']}, 1 thread, {versions}."])

@@ -3,6 +3,7 @@
 from .adc.api import FactoredTables as FactoredTables
 from .adc.api import adc_scores as adc_scores
 from .adc.api import adc_top_k as adc_top_k
+from .adc.direct import direct_adc_top_k as direct_adc_top_k
 from .additive.api import assign_additive_codes as assign_additive_codes
 from .encode.api import assign_codes as assign_codes
 from .implementations import available_implementations as available_implementations

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 
 #: Must equal `xla_kernels_abi` of csrc/ffi_adc.cc: a library of another version is not used.
-ABI = 5
+ABI = 6
 
 #: FFI targets, each a C symbol of the same name.
 TARGETS = (

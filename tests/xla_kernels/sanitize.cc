@@ -14,6 +14,7 @@
 #include "candidates.h"
 #include "dot.h"
 #include "encode.h"
+#include "table.h"
 #include "top_k.h"
 #include "tree_search.h"
 
@@ -61,12 +62,26 @@ std::vector<uint8_t> pack(const std::vector<uint8_t>& codes, Codes* view) {
   return data;
 }
 
+// Tables are rounded alike at every level.
+void check_round(const float* table, Layout layout, int64_t m, int64_t num_codewords) {
+  const auto bytes = static_cast<size_t>(rounded_table_bytes(layout, m, num_codewords)) + 1;
+  std::vector<uint8_t> own(bytes), plain(bytes);
+  const TableBounds a = round_table(table, layout, m, num_codewords, *kernels(), own.data());
+  const TableBounds b = round_table(table, layout, m, num_codewords, *portable_kernels(), plain.data());
+  if (a.finite != b.finite || a.bounded != b.bounded) fail("round: finite");
+  if (!a.bounded) return;
+  if (a.base != b.base || a.delta != b.delta || a.width != b.width || a.lost != b.lost || own != plain) {
+    fail("round: bounds or bytes");
+  }
+}
+
 void check_top_k(Pool& pool, int64_t most_rows) {
   TopKArguments a;
   a.codes.layout = static_cast<Layout>(up_to(2));
   a.codes.num_rows = up_to(3) == 0 ? up_to(most_rows) : up_to(200);
   a.codes.num_subspaces = up_to(5) == 0 ? up_to(700) : up_to(20);
   a.num_codewords = 1 + up_to(a.codes.layout == Layout::kBytes ? 255 : 15);
+  if (up_to(2) == 0) a.num_codewords = 16;  // which vectors hold
   a.codes.groups = groups_of(a.codes.layout, a.codes.num_subspaces);
   a.num_queries = up_to(12);
   a.k = 1 + up_to(50);
@@ -74,7 +89,7 @@ void check_top_k(Pool& pool, int64_t most_rows) {
   const bool plain = many && up_to(1) == 0;
   if (plain) {  // rows are flagged first, where the level does that
     a.codes.layout = Layout::kDwords;
-    a.num_codewords = 1 + up_to(15);
+    a.num_codewords = up_to(1) == 0 ? 16 : 1 + up_to(15);
   }
   if (many) {
     a.codes.num_rows = 9600 + up_to(6000);
@@ -124,6 +139,7 @@ void check_top_k(Pool& pool, int64_t most_rows) {
 
   for (int64_t q = 0; q < a.num_queries; ++q) {
     const float* table = a.tables + q * m * k;
+    check_round(table, a.codes.layout, m, k);
     bool finite = true;
     for (int64_t i = 0; i < m * k; ++i) finite &= std::isfinite(table[i]);
     std::vector<std::pair<float, int32_t>> want;

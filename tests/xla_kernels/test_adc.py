@@ -1,11 +1,21 @@
 """One suite over all implementations, instruction sets and layouts: integer tables bit for bit."""
 
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xla_kernels import adc_scores, adc_top_k, library, pack_codes
+from xla_kernels import (
+    FactoredTables,
+    adc_scores,
+    adc_top_k,
+    direct_adc_top_k,
+    library,
+    pack_codes,
+)
 from xla_kernels.layout import LAYOUTS, POINTS_LAST
 
 from .oracle import numpy_scores, numpy_top_k
@@ -274,6 +284,95 @@ class TestCompiled(Suite):
         np.testing.assert_array_equal(scores, np.take_along_axis(sums, np.asarray(ids), 1))
         shared = [len(np.intersect1d(x, y)) for x, y in zip(ids, want, strict=True)]
         assert min(shared) >= 40
+
+
+class TestDirect(Suite):
+    """Without JAX's dispatch: tables as they are, and as products of queries and codewords."""
+
+    def top_k(self, tables, codes, k, valid=None, **terms):
+        if valid is not None and valid.ndim == 2 and len(tables):
+            found = [
+                self.top_k(tables[q : q + 1], codes, k, valid=valid[q], **terms)
+                for q in range(len(tables))
+            ]
+            return tuple(np.concatenate(x) for x in zip(*found, strict=True))
+        if valid is not None and valid.ndim == 2:
+            valid = None
+        b, m, num_codewords = tables.shape
+        packed = pack_codes(codes, num_codewords=num_codewords)
+        found = direct_adc_top_k(packed, k=k, valid=valid, **terms)(tables)
+        if b and np.isfinite(tables).all():
+            # Query q has a one in column q of every subspace, where the codewords are its table.
+            queries = np.tile(np.eye(b, dtype=np.float32), m)
+            codewords = np.moveaxis(tables, 0, 2)
+            find = direct_adc_top_k(codes, k=k, codewords=codewords, valid=valid, **terms)
+            for a, c in zip(found, find(queries), strict=True):
+                np.testing.assert_array_equal(a, c)
+        assert all(type(x) is np.ndarray for x in found)
+        return found
+
+    test_scores = None  # of all rows: not here
+
+    def test_equals_the_call_through_xla(self):
+        rng, _, codes = problem(18, 20_000, 50, 16, 0)
+        codewords = rng.normal(size=(50, 16, 2)).astype(np.float32)
+        queries = rng.normal(size=(300, 100)).astype(np.float32)
+        packed = pack_codes(codes, num_codewords=16)
+        find = direct_adc_top_k(packed, k=20, codewords=codewords)
+        scores, ids = find(queries)
+        want_scores, want_ids = adc_top_k(FactoredTables(queries, codewords), packed, 20)
+        np.testing.assert_array_equal(ids, want_ids)
+        np.testing.assert_allclose(scores, want_scores, rtol=1e-5)
+        # Narrower queries, other types and orders, one at a time, from threads at once.
+        np.testing.assert_array_equal(
+            find(queries[:, :99])[1], find(queries * (np.arange(100) < 99))[1]
+        )
+        np.testing.assert_array_equal(find(np.asfortranarray(queries))[1], ids)
+        np.testing.assert_array_equal(find(queries.tolist())[1], ids)
+        with ThreadPoolExecutor(4) as pool:
+            parts = list(pool.map(lambda q: find(queries[q : q + 1])[1], range(300)))
+        np.testing.assert_array_equal(np.concatenate(parts), ids)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"k": 0}, "k must be"),
+            ({"codewords": np.zeros((3, 16), np.float32)}, "codewords must be"),
+            ({"codewords": np.zeros((4, 16, 2), np.float32)}, "m=4"),
+            ({"codewords": np.zeros((3, 8, 2), np.float32)}, "k=8"),
+            ({"gain": np.zeros(4, np.float32)}, "gain must be"),
+            ({"valid": np.zeros((2, 5), bool)}, "valid must be"),
+            ({"recall_target": 2.0}, "recall_target"),
+            ({"codes": np.zeros((5, 3), np.uint8)}, "codes must be packed"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, change, message):
+        packed = pack_codes(np.zeros((5, 3), np.uint8), num_codewords=16)
+        arguments = {"codes": packed, "k": 2} | change
+        with pytest.raises(ValueError, match=message):
+            direct_adc_top_k(**arguments)
+
+    def test_bad_calls_are_named(self):
+        packed = pack_codes(np.zeros((5, 3), np.uint8), num_codewords=16)
+        find = direct_adc_top_k(packed, k=2)
+        with pytest.raises(
+            ValueError, match=r"tables must be float32\[b, 3, 16\], got \[1, 3, 8\]"
+        ):
+            find(np.zeros((1, 3, 8), np.float32))
+        find = direct_adc_top_k(packed, k=2, codewords=np.zeros((3, 16, 2), np.float32))
+        for shape in [(6,), (1, 7), (1, 6, 1)]:
+            with pytest.raises(ValueError, match=r"queries must be float32\[b, 6\]"):
+                find(np.zeros(shape, np.float32))
+        with pytest.raises(TypeError, match="inside jit call adc_top_k"):
+            jax.jit(lambda gain: direct_adc_top_k(packed, k=2, gain=gain))(jnp.zeros(5))
+
+    def test_codes_that_do_not_fill_their_shape_are_refused(self, compiled):
+        packed = pack_codes(np.zeros((5, 3), np.uint8), num_codewords=16)
+        if packed.layout in POINTS_LAST:
+            pytest.skip("packed for another device")
+        for change in ({"num_rows": 500}, {"num_subspaces": 9}):
+            with pytest.raises(ValueError, match=r"codes\.data must be"):
+                direct_adc_top_k(dataclasses.replace(packed, **change), k=2)
 
 
 @pytest.mark.full

@@ -210,7 +210,9 @@ def _factors(tables: FactoredTables) -> tuple[jax.Array, jax.Array]:
     queries = jnp.asarray(tables.queries, jnp.float32)
     words = jnp.asarray(tables.codewords, jnp.float32)
     width = m * words.shape[2]
-    return jnp.pad(queries, ((0, 0), (0, width - queries.shape[1]))).reshape(b, m, -1), words
+    return jnp.pad(queries, ((0, 0), (0, width - queries.shape[1]))).reshape(
+        b, *words.shape[::2]
+    ), words
 
 
 def _per_row(name: str, value: Any, n: int) -> jax.Array | None:

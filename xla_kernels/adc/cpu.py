@@ -18,7 +18,7 @@ def adc_scores(
     tables: jax.Array, codes: Any, gain: jax.Array | None, offset: jax.Array | None
 ) -> jax.Array:
     """Scores ``float32[b, n]``, the sums of `reference.adc_scores`."""
-    packed = _packed(codes, tables.shape[2])
+    packed = packed_codes(codes, tables.shape[2])
 
     @custom_vmap
     def call(tables: Any, data: Any, gain: Any, offset: Any) -> jax.Array:
@@ -49,7 +49,7 @@ def adc_top_k(
     exact: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Fused scan and selection: no array of n scores is ever written."""
-    packed = _packed(codes, tables.shape[2])
+    packed = packed_codes(codes, tables.shape[2])
     n = packed.num_rows
 
     @custom_vmap
@@ -89,7 +89,8 @@ def adc_top_k(
     return call(tables, packed.data, _or_empty(gain), _or_empty(offset), valid)
 
 
-def _packed(codes: Any, num_codewords: int) -> PackedCodes:
+def packed_codes(codes: Any, num_codewords: int) -> PackedCodes:
+    """Codes in a layout that the kernels read: as they are, or packed now."""
     if not isinstance(codes, PackedCodes):
         return pack_codes(codes, num_codewords=num_codewords)
     if codes.layout in POINTS_LAST:

@@ -124,7 +124,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_kernels_adc_scores, AdcScores,
 #pragma GCC visibility pop
 
 extern "C" {
-XLA_KERNELS_EXPORT int xla_kernels_abi() { return 5; }
+XLA_KERNELS_EXPORT int xla_kernels_abi() { return 6; }
 XLA_KERNELS_EXPORT int xla_kernels_ffi_major() { return XLA_FFI_API_MAJOR; }
 XLA_KERNELS_EXPORT int xla_kernels_ffi_minor() { return XLA_FFI_API_MINOR; }
 XLA_KERNELS_EXPORT const char* xla_kernels_level() { return kernels()->name; }

@@ -62,7 +62,7 @@ void expect(const Codes& codes, int64_t begin, int64_t end, const uint8_t* valid
             const Sample& sample, FlaggedQuery* queries, const uint8_t* const* tables,
             int64_t num_queries, const Kernels& kernels) {
   const int64_t pairs = (end - begin + 2 * sample.step - 1) / (2 * sample.step);
-  const int64_t together = std::max<int64_t>(1, pairs / (4 * sample.rank));
+  const int64_t together = std::max<int64_t>(1, pairs / (2 * sample.rank));
   const int64_t size = (pairs + together - 1) / together * 16;
   int32_t* sums = at_least(8 * size, Room::own().found);
   for (int64_t q = 0, count; q < num_queries; q += count) {

@@ -42,6 +42,9 @@ using Scan = void (*)(const Codes& codes, const RowTerms& terms, int64_t begin, 
                       int64_t stride,  // table_stride() of the tables
                       const ScanQuery* queries, int64_t num_queries);
 
+struct TableLosses;
+struct TableMeasures;
+
 struct Kernels {
   const char* name;
   // Bytes of an expanded table, and the expansion of a rounded one (64-byte aligned output).
@@ -75,6 +78,11 @@ struct Kernels {
   int64_t (*flag_rows)(const Codes& codes, int64_t begin, int64_t end, int64_t next,
                        const uint8_t* table, int32_t threshold, const uint8_t* valid,
                        uint64_t* scratch, int32_t* rows) = nullptr;
+  // The steps of round_table() for 16 codewords a subspace, a stride of 16 bytes; null: not here.
+  void (*measure16)(const float* table, int64_t num_subspaces, float* lows,
+                    TableMeasures* out) = nullptr;
+  void (*round16)(const float* table, int64_t num_subspaces, const float* lows, float scale,
+                  int32_t top, uint8_t* out, TableLosses* losses) = nullptr;
 };
 
 // exact_rows addresses 32-bit words by signed 32-bit indices.

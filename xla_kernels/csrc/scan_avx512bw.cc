@@ -3,6 +3,7 @@
 // The four 128-bit lanes of a group are points 0-15 and 16-31 of subspaces 0 and 1, then of 2 and 3,
 // so one pshufb looks up two subspaces, its table holding a subspace's 16 entries twice.
 #include "scan.h"
+#include "table.h"
 
 #if defined(__x86_64__) && !defined(XLA_KERNELS_NO_SIMD)
 #include <immintrin.h>
@@ -160,7 +161,8 @@ int64_t count(const int32_t* keys, int64_t size, int32_t pivot) {
 
 TARGET_END
 
-const Kernels kKernels = {"avx512bw", expanded_bytes, expand, scan, count, nullptr, nullptr};
+const Kernels kKernels = {"avx512bw", expanded_bytes, expand, scan, count, nullptr, nullptr, nullptr, nullptr,
+                          nullptr, measure16_avx512, round16_avx512};
 
 }  // namespace
 

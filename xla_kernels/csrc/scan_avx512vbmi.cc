@@ -6,6 +6,7 @@
 // kBytes: one vpermb (64 entries), one vpermi2b (128) or two and a blend (256) a subspace.
 #include "dot.h"
 #include "scan.h"
+#include "table.h"
 
 #if defined(__x86_64__) && !defined(XLA_KERNELS_NO_SIMD)
 #include <immintrin.h>
@@ -834,8 +835,10 @@ void exact_rows(const float* padded_table, const Codes& codes, const int32_t* ro
 
 TARGET_END
 
-const Kernels kKernels = {"avx512vbmi", expanded_bytes, expand, scan, count, exact_scores,
-                          exact_rows, maxima, flag, flag_rows};
+const Kernels kKernels = {"avx512vbmi", expanded_bytes,   expand, scan,
+                          count,        exact_scores,     exact_rows,
+                          maxima,       flag,             flag_rows,
+                          measure16_avx512, round16_avx512};
 
 }  // namespace
 

@@ -1,9 +1,11 @@
 // A query's lookup table, exact and rounded to bytes.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "codes.h"
+#include "scan.h"
 
 namespace xla_kernels {
 
@@ -31,10 +33,33 @@ struct TableBounds {
   bool bounded = true;
 };
 
+// What rounding needs to know of a table before it begins.
+struct TableMeasures {
+  double base = 0;                 // sum of the smallest entries of the subspaces
+  float range = 0, magnitude = 0;  // the widest subspace; sum of the largest magnitudes
+  bool finite = true, integers = true;
+
+  void add(float low, float high) {
+    range = high - low > range ? high - low : range;
+    magnitude += std::fabs(low) > std::fabs(high) ? std::fabs(low) : std::fabs(high);
+    base += low;
+  }
+};
+
+// What it took away: sums over the subspaces of the largest remainder, and of all remainders.
+struct TableLosses {
+  float largest = 0, total = 0;
+};
+
 // Rounds table (num_subspaces x num_codewords) to bytes at the layout's stride, padded with zeros to
-// groups_of(layout, num_subspaces) groups.
+// groups_of(layout, num_subspaces) groups. All `kernels` give the same.
 TableBounds round_table(const float* table, Layout layout, int64_t num_subspaces,
-                        int64_t num_codewords, uint8_t* out);
+                        int64_t num_codewords, const Kernels& kernels, uint8_t* out);
+
+// Kernels::measure16 and round16 with AVX-512 (not in other builds).
+void measure16_avx512(const float* table, int64_t num_subspaces, float* lows, TableMeasures* out);
+void round16_avx512(const float* table, int64_t num_subspaces, const float* lows, float scale,
+                    int32_t top, uint8_t* out, TableLosses* losses);
 
 inline int64_t rounded_table_bytes(Layout layout, int64_t num_subspaces, int64_t num_codewords) {
   const int64_t per_group = layout == Layout::kBytes ? 1 : 4;

@@ -147,7 +147,7 @@ class Tile {
       const auto i = static_cast<size_t>(q);
       const float* table = table_of(q);
       bounds_[i] = round_table(table, a_.codes.layout, a_.codes.num_subspaces, a_.num_codewords,
-                               rounded.data);
+                               kernels_, rounded.data);
       scorers_[i].table = table;
       scorers_[i].arguments = &a_;
       scorers_[i].kernels = &kernels_;

@@ -384,7 +384,7 @@ class Worker {
       tree_.round16(table, m, table_max(a_.codes.layout), rounded, &search.bounds.base,
                     &search.bounds.delta);
     } else {
-      search.bounds = round_table(table, a_.codes.layout, m, a_.num_codewords, rounded);
+      search.bounds = round_table(table, a_.codes.layout, m, a_.num_codewords, scan_, rounded);
       search.finite = search.bounds.finite && search.bounds.bounded;
     }
     scan_.expand(rounded, a_.codes.layout, a_.codes.groups, stride_, expanded);
