@@ -178,7 +178,7 @@ def _adc(result: dict) -> str:
     lines = [
         "Flat scan of 4-bit codes with selection of the best 100, CPU nanoseconds a point and "
         "query on one core; ids of the exact modes equal a NumPy computation in the same run. "
-        "\"Exact\" and \"rounded\" are jitted calls of `adc_top_k`, \"direct\" is one of "
+        '"Exact" and "rounded" are jitted calls of `adc_top_k`, "direct" is one of '
         "`direct_adc_top_k`, from a query in NumPy to ids in NumPy as FAISS's.",
         "",
         "| rows | subspaces | queries at once | FAISS | exact | rounded | direct | FAISS / exact "

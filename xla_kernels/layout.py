@@ -20,6 +20,8 @@ saved index should hold canonical codes (`unpack_codes`) and pack where it is lo
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +30,8 @@ import numpy as np
 
 from . import library
 
+#: Rows that `pack_parts` asks for at a time, whole blocks.
+PART = 1 << 18
 LAYOUTS = ("columns", "nibbles", "dwords", "lanes", "bytes")
 #: Those with the points on the last axis, which no compiled kernel of a CPU reads.
 POINTS_LAST = ("columns", "nibbles")
@@ -115,6 +119,42 @@ def pack_codes(codes: Any, *, num_codewords: int, layout: str | None = None) -> 
         raise ValueError(f"layout {layout!r} holds 16 codewords, got num_codewords={num_codewords}")
     n, m = codes.shape
     return PackedCodes(_pack(codes, layout), n, m, num_codewords, layout)
+
+
+def pack_parts(
+    part: Callable[[int, int], np.ndarray], shape: tuple[int, int], *, num_codewords: int
+) -> PackedCodes:
+    """Pack codes that are there a part at a time, in little more memory than the packed ones take.
+
+    Args:
+      part: gives the ``uint8[end - first, m]`` codes of rows ``first`` to ``end``.
+      shape: ``(n, m)`` of all codes.
+      num_codewords: as of `pack_codes`.
+
+    Returns:
+      `PackedCodes`, those of `pack_codes`.
+
+    Example:
+      >>> codes = np.arange(6, dtype=np.uint8).reshape(3, 2)
+      >>> packed = pack_parts(lambda a, b: codes[a:b], (3, 2), num_codewords=16)
+      >>> unpack_codes(packed).tolist()
+      [[0, 1], [2, 3], [4, 5]]
+    """
+    n, m = shape
+    layout = default_layout(num_codewords)
+    if layout in POINTS_LAST or n <= PART:
+        return pack_codes(part(0, n), num_codewords=num_codewords)
+    size = block_size(layout)
+    wanted = -(-n // size), m if layout == "bytes" else -(-m // 4), 64
+    # Aligned, or the device would copy it.
+    storage = np.empty(math.prod(wanted) + 64, np.uint8)
+    start = -storage.ctypes.data % 64
+    data = storage[start : start + math.prod(wanted)].reshape(wanted)
+    for first in range(0, n, PART):
+        end = min(first + PART, n)
+        some = pack_codes(part(first, end), num_codewords=num_codewords, layout=layout)
+        data[first // size : -(-end // size)] = some.data
+    return PackedCodes(jax.device_put(data), n, m, num_codewords, layout)
 
 
 def unpack_codes(packed: PackedCodes) -> jax.Array:

@@ -40,7 +40,7 @@ import numpy as np
 
 from avq_jax.mips.exact import METRICS
 from avq_jax.mips.index import Index
-from avq_jax.mips.packing import coded_rows, pack_tree
+from avq_jax.mips.packing import HalfBytes, coded_rows, pack_tree
 from avq_jax.mips.rescoring import Store
 from avq_jax.mips.safe_files import MAGIC, IndexFormatError, Spec
 from avq_jax.mips.weight_format import weight_from_json, weight_to_json
@@ -61,7 +61,6 @@ TENSORS = (
     "projection", "kicks", "leaf_offset", "codewords", "levels", "offset", "gains", "codes",
 )  # fmt: skip
 _KINDS = ("product", "additive")
-_CHUNK = 1 << 20
 # Row numbers are int32.
 _MOST_ROWS = 2**31 - 1
 
@@ -110,15 +109,6 @@ def halves(codes: np.ndarray) -> np.ndarray:
     packed = codes[:, 0::2].copy()
     packed[:, : codes.shape[1] // 2] |= codes[:, 1::2] << 4
     return packed
-
-
-def _from_halves(packed: np.ndarray, m: int) -> np.ndarray:
-    codes = np.empty((len(packed), m), np.uint8)
-    for start in range(0, len(packed), _CHUNK):
-        part = packed[start : start + _CHUNK]
-        codes[start : start + _CHUNK, 0::2] = part & 15
-        codes[start : start + _CHUNK, 1::2] = part[:, : m // 2] >> 4
-    return codes
 
 
 def header_of(index: Index, specs: Mapping[str, Spec]) -> dict[str, Any]:
@@ -270,20 +260,22 @@ def index_of(
         need(arrays["ids"][:, 0].max(initial=0) < 2**31, "ids", "below 2^63")
     if header["codec"] is not None:
         m, k = header["codec"]["num_subspaces"], header["codec"]["num_codewords"]
-        L, leaves, codes = header["num_leaves"], arrays["leaves"], arrays["codes"]
+        L, leaves = header["num_leaves"], arrays["leaves"]
+        codes: Any = arrays["codes"]
         need(not n or (leaves.min() >= 0 and leaves.max() < L), "leaves", f"0 to {L - 1}")
         if k <= 16:
             spare = m % 2 and n and (codes[:, -1] >> 4).any()
             need(not spare, "codes", "0 in the last half byte")
-            codes = _from_halves(codes, m)
-        need(codes.max(initial=0) < k, "codes", f"below num_codewords, {k}")
+            codes = HalfBytes(codes, m)
+        largest = codes.largest() if k <= 16 else codes.max(initial=0)
+        need(largest < k, "codes", f"below num_codewords, {k}")
         leaf_offset, offset = arrays.get("leaf_offset"), arrays.get("offset")
         levels, gains = arrays.get("levels"), arrays.get("gains")
         if levels is not None and gains is not None:
             need(levels[0] > 0 and (np.diff(levels) >= 0).all(), "levels", "positive and rising")
             need(gains.max(initial=0) < len(levels), "gains", f"below {len(levels)}")
         if (copies := header["codec"].get("copies", 1)) > 1:
-            leaves, codes = leaves.reshape(n, copies), codes.reshape(n, copies, m)
+            leaves = leaves.reshape(n, copies)
             offset = None if offset is None else offset.reshape(n, copies)
             gains = None if gains is None else gains.reshape(n, copies)
         groups, axes = None, arrays.get("projection")

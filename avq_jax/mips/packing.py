@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from avq_jax.mips.partition import lay_out
 from avq_jax.quantization import AdditiveCodebook, Codebook, Scaled
 from xla_kernels import slots_per_block, unpack_codes
 
-__all__ = ["CodedRows", "coded_rows", "pack_tree"]
+__all__ = ["CodedRows", "HalfBytes", "coded_rows", "pack_tree"]
+
+_STEP = 1 << 20
 
 
 class CodedRows(NamedTuple):
@@ -36,11 +39,43 @@ class CodedRows(NamedTuple):
     gains: np.ndarray | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class HalfBytes:
+    """Codes of at most 16 codewords as files hold them, two a byte; unpacked as they are asked for.
+
+    Attributes:
+      packed: ``uint8[n, ceil(m / 2)]``, even subspaces in the low halves.
+      num_subspaces: m.
+
+    >>> HalfBytes(np.array([[0x21, 0x03]], np.uint8), 3)[np.array([0])].tolist()
+    [[1, 2, 3]]
+    """
+
+    packed: np.ndarray
+    num_subspaces: int
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """``uint8[..., m]`` codes of some rows."""
+        packed = self.packed[rows]
+        codes = np.empty((*packed.shape[:-1], self.num_subspaces), np.uint8)
+        codes[..., 0::2] = packed & 15
+        codes[..., 1::2] = packed[..., : self.num_subspaces // 2] >> 4
+        return codes
+
+    def largest(self) -> int:
+        """Find the largest code."""
+        steps = range(0, len(self.packed), _STEP)
+        parts = [self.packed[i : i + _STEP] for i in steps]
+        return max(
+            (int(max((x & 15).max(initial=0), x.max(initial=0) >> 4)) for x in parts), default=0
+        )
+
+
 def pack_tree(
     centroids: Float[Array, "L d"],
     leaves: np.ndarray,
     codec: Codebook | AdditiveCodebook | Scaled,
-    codes: np.ndarray,
+    codes: np.ndarray | HalfBytes,
     offset: Any = None,
     *,
     gains: Any = None,
@@ -55,7 +90,7 @@ def pack_tree(
       centroids: ``[L, d]``.
       leaves: ``int32[n]`` or ``[n, c]``, leaf of each row (or of its c copies), below L.
       codec: of the residuals.
-      codes: ``uint8[n, m]`` or ``[n, c, m]`` in row order.
+      codes: ``uint8[n, m]`` or ``[n, c, m]`` in row order, or :class:`HalfBytes` of n c rows.
       offset: ``float32[n]`` or ``[n, c]``, term of each row (L2), or ``None``.
       gains: ``uint8[n]`` or ``[n, c]`` numbers of the levels of a :class:`avq_jax.Scaled` codec.
       ranking: ``float32[L, d]`` vectors that rank leaves; ``None`` for the centroids.
@@ -78,12 +113,13 @@ def pack_tree(
         offset = np.where(entries >= 0, offset.reshape(-1)[at], 0)
     if isinstance(codec, Scaled):
         gains = (np.where(entries >= 0, gains.reshape(-1)[at], np.uint8(0)), codec.levels)
+    flat = codes if isinstance(codes, HalfBytes) else codes.reshape(-1, codes.shape[-1])
     packed = xla_kernels.pack_tree(
         centroids,
         layout.starts,
         np.where(entries >= 0, entries // copies, -1),
         codebook.codewords,
-        codes.reshape(-1, codes.shape[-1])[at],
+        lambda first, end: flat[at[first:end]],
         ranking=ranking,
         leaf_offset=leaf_offset,
         slot_offset=offset,

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from xla_kernels import PackedCodes, pack_codes, unpack_codes
+from xla_kernels import layout as layouts
 from xla_kernels.layout import LAYOUTS, code_rows
 
 
@@ -16,6 +17,25 @@ def test_unpack_inverts_pack(layout, shape):
     if shape[0]:
         rows = jnp.asarray([[0, shape[0] - 1], [shape[0] // 2, 0]], jnp.int32)
         np.testing.assert_array_equal(code_rows(packed, rows), codes[rows])
+
+
+@pytest.mark.parametrize("num_codewords", [16, 40])
+@pytest.mark.parametrize("n", [0, 100, 128, 1000])
+def test_parts_give_the_same(monkeypatch, n, num_codewords):
+    monkeypatch.setattr(layouts, "PART", 128)
+    codes = np.random.default_rng(1).integers(0, num_codewords, (n, 5)).astype(np.uint8)
+    asked = []
+
+    def part(first, end):
+        asked.append(end - first)
+        return codes[first:end]
+
+    packed = layouts.pack_parts(part, (n, 5), num_codewords=num_codewords)
+    whole = pack_codes(codes, num_codewords=num_codewords)
+    np.testing.assert_array_equal(packed.data, whole.data)
+    assert (packed.shape, packed.layout) == (whole.shape, whole.layout)
+    assert sum(asked) == n
+    assert packed.layout in layouts.POINTS_LAST or max(asked) <= 128
 
 
 def test_layout_of_a_group_as_documented():

@@ -15,6 +15,8 @@ from xla_kernels import (
     tree_search,
     unpack_codes,
 )
+from xla_kernels import layout as layouts
+from xla_kernels.tree_search import packed as packed_tree
 from xla_kernels.tree_search import xla
 
 compiled = pytest.mark.usefixtures("compiled")
@@ -305,6 +307,29 @@ class TestGains:
         ]:
             with pytest.raises(ValueError, match="gains must be"):
                 pack_tree(*parts, gains=gains)
+
+
+@pytest.mark.parametrize("options", [{}, {"wide": True}, {"gains": 16}, {"k": 40}], ids=str)
+def test_packed_in_parts(monkeypatch, options):
+    """Codes that a function gives, and their spread leaf by leaf, whatever the parts are."""
+    wanted, _, _ = make(n=3000, **options)
+    monkeypatch.setattr(packed_tree, "PART", 128)
+    monkeypatch.setattr(layouts, "PART", 128)
+    codes = np.asarray(unpack_codes(wanted.codes))
+    gains = wanted.gains
+    found = pack_tree(
+        wanted.centroids,
+        wanted.starts,
+        wanted.slot_rows,
+        np.asarray(wanted.codewords).transpose(0, 2, 1),
+        lambda first, end: codes[first:end],
+        leaf_offset=wanted.leaf_offset if wanted.leaf_offset.size else None,
+        slot_offset=wanted.slot_offset if wanted.slot_offset.size else None,
+        gains=None if gains is None else (gains.level, gains.levels),
+    )
+    np.testing.assert_allclose(found.spread, wanted.spread, rtol=1e-6)
+    same = found._replace(spread=wanted.spread)
+    jax.tree.map(np.testing.assert_array_equal, same, wanted)
 
 
 @compiled

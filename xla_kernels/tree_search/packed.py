@@ -1,12 +1,13 @@
 """The operands of a tree search, laid out for the scan of this machine."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..layout import PackedCodes, pack_codes, unpack_codes
+from ..layout import PART, PackedCodes, pack_codes, pack_parts, unpack_codes
 
 #: Norm of the longest centroid in 16-bit integers; the query has the same, so sums fit 32 bits.
 _INTEGER_NORM = 32000.0
@@ -131,7 +132,8 @@ def pack_tree(
       starts: ``int32[L + 1]`` first block of each leaf, of `slots_per_block` slots each.
       slot_rows: ``int32[S]`` row in each slot, -1 for none.
       codewords: ``[m, k, s]`` with s = ceil(d / m) of product codes, s = d of additive ones.
-      codes: ``uint8[S, m]`` codes of the slots, or `PackedCodes` of them.
+      codes: ``uint8[S, m]`` codes of the slots, or `PackedCodes` of them, or a function that gives
+        those of slots ``first`` to ``end``, so that they need not all be in memory at once.
       ranking: ``[L, d]`` vectors whose products with a query rank the leaves, or None for the
         centroids.
       leaf_offset: ``[L]`` added to those products, or None.
@@ -149,10 +151,12 @@ def pack_tree(
     """
     starts, slot_rows = np.asarray(starts, np.int32), np.asarray(slot_rows, np.int32)
     words = np.asarray(codewords, np.float32)
-    plain = np.asarray(unpack_codes(codes) if isinstance(codes, PackedCodes) else codes)
-    if not isinstance(codes, PackedCodes):
-        codes = pack_codes(codes, num_codewords=words.shape[1])
     size, slots = slots_per_block(words.shape[1]), len(slot_rows)
+    part = codes if callable(codes) else _parts_of(codes)
+    if callable(codes):
+        codes = pack_parts(part, (slots, len(words)), num_codewords=words.shape[1])
+    elif not isinstance(codes, PackedCodes):
+        codes = pack_codes(codes, num_codewords=words.shape[1])
     if codes.shape != (slots, words.shape[0]):
         raise ValueError(
             f"codes must be [{slots}, {words.shape[0]}], one row a slot and one column a "
@@ -186,7 +190,7 @@ def pack_tree(
         slot_rows,
         (slot_rows >= 0)[None],
         ranking,
-        _spread(plain, words, starts * size, slot_rows, centroids.shape[1], gains),
+        _spread(part, words, starts * size, slot_rows, centroids.shape[1], gains),
         None if groups is None else _groups(groups, centroids.shape, leaf_offset is not None),
         gains,
     )
@@ -205,8 +209,13 @@ def _gains(gains: Any, slots: int) -> SlotGains:
     return SlotGains(level, levels)
 
 
+def _parts_of(codes: Any) -> Callable[[int, int], np.ndarray]:
+    plain = np.asarray(unpack_codes(codes) if isinstance(codes, PackedCodes) else codes)
+    return lambda first, end: plain[first:end]
+
+
 def _spread(
-    codes: np.ndarray,
+    part: Callable[[int, int], np.ndarray],
     words: np.ndarray,
     starts: np.ndarray,
     slot_rows: np.ndarray,
@@ -214,28 +223,32 @@ def _spread(
     gains: SlotGains | None,
 ) -> np.ndarray:
     """Deviation of a decoded coordinate, leaf by leaf; leaves without rows take the mean."""
-    held = slot_rows[: starts[-1]] >= 0
-    leaf = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-    codes = np.minimum(codes[: starts[-1]], words.shape[1] - 1)
-    if words.shape[2] == dim and len(words) > 1:
-        # Words that are not orthogonal have to be added up; some rows of a leaf tell enough.
-        held &= np.arange(starts[-1]) - starts[leaf] < _SAMPLED
-        codes = codes[held]
-        whole = np.zeros((len(codes), dim))
-        for subspace, each in zip(codes.T, words, strict=True):
-            whole += each[subspace]
-        square = np.sum(whole * whole, axis=1)
-    else:
-        square = np.zeros(len(codes))
-        sizes = np.sum(words.astype(np.float64) ** 2, axis=2)
-        for subspace, size in zip(codes.T, sizes, strict=True):
-            square += size[subspace]
-        square = square[held]
-    leaf = leaf[held]
-    if gains is not None:
-        square = square * gains.levels.astype(np.float64)[gains.level[: starts[-1]][held]] ** 2
-    total = np.bincount(leaf, square, len(starts) - 1)
-    count = np.bincount(leaf, minlength=len(starts) - 1)
+    leaves, slots = len(starts) - 1, int(starts[-1])
+    total, count = np.zeros(leaves), np.zeros(leaves, np.int64)
+    sizes = np.sum(words.astype(np.float64) ** 2, axis=2)
+    for first in range(0, slots, PART):
+        end = min(first + PART, slots)
+        at = np.arange(first, end)
+        held = slot_rows[first:end] >= 0
+        leaf = np.searchsorted(starts, at, side="right") - 1
+        codes = np.minimum(part(first, end), words.shape[1] - 1)
+        if words.shape[2] == dim and len(words) > 1:
+            # Words that are not orthogonal have to be added up; some rows of a leaf tell enough.
+            held &= at - starts[leaf] < _SAMPLED
+            codes = codes[held]
+            whole = np.zeros((len(codes), dim))
+            for subspace, each in zip(codes.T, words, strict=True):
+                whole += each[subspace]
+            square = np.sum(whole * whole, axis=1)
+        else:
+            square = np.zeros(len(codes))
+            for subspace, size in zip(codes.T, sizes, strict=True):
+                square += size[subspace]
+            square = square[held]
+        if gains is not None:
+            square *= gains.levels.astype(np.float64)[gains.level[first:end][held]] ** 2
+        total += np.bincount(leaf[held], square, leaves)
+        count += np.bincount(leaf[held], minlength=leaves)
     mean = total.sum() / max(count.sum(), 1)
     each = np.where(count > 0, total / np.maximum(count, 1), mean) / dim
     return _float32(np.sqrt(each))
