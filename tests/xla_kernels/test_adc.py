@@ -344,6 +344,8 @@ class TestDirect(Suite):
             ({"valid": np.zeros((2, 5), bool)}, "valid must be"),
             ({"recall_target": 2.0}, "recall_target"),
             ({"codes": np.zeros((5, 3), np.uint8)}, "codes must be packed"),
+            ({"codes": [[1, 2]], "codewords": np.ones((2, 16, 2))}, "codes must be uint8"),
+            ({"codes": 3, "codewords": np.ones((2, 16, 2))}, "codes must be uint8"),
         ],
     )
     def test_bad_arguments_are_named(self, change, message):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .. import library
@@ -44,8 +45,8 @@ def direct_adc_top_k(
 ) -> Callable[[Any], tuple[np.ndarray, np.ndarray]]:
     """Bind `adc_top_k` to its codes, once, as a function of NumPy queries.
 
-    A call through `jax.jit` costs about ten microseconds whatever it computes, as much as scanning
-    50,000 rows. Calls of this function run on the calling thread alone, without the interpreter
+    A call through `jax.jit` costs about ten microseconds whatever it computes, as much as a scan of
+    40,000 rows. Calls of this function run on the calling thread alone, without the interpreter
     lock, so threads of a server may share it.
 
     Args:
@@ -79,9 +80,11 @@ def direct_adc_top_k(
     operands = (codes, codewords, gain, offset, valid)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
         raise TypeError("direct_adc_top_k needs concrete arrays; inside jit call adc_top_k instead")
+    if not isinstance(codes, PackedCodes):
+        codes = jnp.asarray(codes)
     if codewords is not None:
         num_codewords, width = _words(codewords)
-        shape: tuple[int, ...] = (codes.shape[-1] * width,)
+        shape: tuple[int, ...] = (codes.shape[-1] * width if codes.shape else 0,)
     elif isinstance(codes, PackedCodes):
         num_codewords, width = codes.num_codewords, 0
         shape = (codes.num_subspaces, num_codewords)
