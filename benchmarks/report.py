@@ -402,7 +402,7 @@ SCALE = ("streaming", "serving", "sharded", "sharded_10000000")
 
 
 def _scale(streaming: dict, serving: dict, *sharded: dict) -> str:
-    built, http = streaming["build"], serving["http"]
+    built, loaded, http = streaming["build"], streaming["load"], serving["http"]
     gigabytes = 1e-9 * built["peak_anonymous_bytes"]
     lines = [
         "| what | measured | file |",
@@ -411,6 +411,9 @@ def _scale(streaming: dict, serving: dict, *sharded: dict) -> str:
         f"{streaming['num_leaves']:,} leaves | {built['seconds']:.0f} s, "
         f"{built['cpu_seconds']:.0f} CPU s; {gigabytes:.2f} GB of memory of its own at most, "
         f"{1e-9 * built['peak_resident_bytes']:.1f} GB with pages of files | `streaming.json` |",
+        f"| `load` of that index | {loaded['seconds']:.1f} s; "
+        f"{1e-9 * loaded['peak_anonymous_bytes']:.2f} GB of memory of its own at most | "
+        "`streaming.json` |",
         f"| HTTP service, {http['requests']:,} requests, {http['at_once']} at a time, "
         f"{serving['rows']:,} rows | {http['requests_a_second']:,.0f} requests a second, "
         f"{http['milliseconds']['p50']:.0f} ms (median), {http['milliseconds']['p99']:.0f} ms "
