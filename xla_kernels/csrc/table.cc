@@ -12,6 +12,8 @@ int64_t table_stride(Layout layout, int64_t num_codewords) {
   return num_codewords <= 64 ? 64 : num_codewords <= 128 ? 128 : 256;
 }
 
+namespace {
+
 void measure_table(const float* table, int64_t num_subspaces, int64_t num_codewords, float* lows,
                    TableMeasures* out) {
   float poison = 0;
@@ -68,6 +70,8 @@ void round_entries(const float* table, int64_t num_subspaces, int64_t num_codewo
     losses->total += sum[0];
   }
 }
+
+}  // namespace
 
 TableBounds round_table(const float* table, Layout layout, int64_t num_subspaces,
                         int64_t num_codewords, const Kernels& kernels, uint8_t* out) {

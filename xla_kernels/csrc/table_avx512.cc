@@ -12,27 +12,7 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl")
 
 namespace {
 
-inline float lane_min(__m512 x) {
-  x = _mm512_min_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
-  x = _mm512_min_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
-  x = _mm512_min_ps(x, _mm512_permute_ps(x, 0x4e));
-  return _mm512_cvtss_f32(_mm512_min_ps(x, _mm512_permute_ps(x, 0xb1)));
-}
-
-inline float lane_max(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
-  x = _mm512_max_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
-  x = _mm512_max_ps(x, _mm512_permute_ps(x, 0x4e));
-  return _mm512_cvtss_f32(_mm512_max_ps(x, _mm512_permute_ps(x, 0xb1)));
-}
-
-// In the order of round_entries().
-inline float lane_sum(__m512 x) {
-  x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
-  x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
-  x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));
-  return _mm512_cvtss_f32(_mm512_add_ps(x, _mm512_permute_ps(x, 0xb1)));
-}
+#include "lanes_avx512.inc"
 
 }  // namespace
 

@@ -91,26 +91,14 @@ void leaf_products(const int16_t* tiles, int64_t num_tiles, int64_t num_pairs, c
   }
 }
 
-inline float least(__m512 x) {
-  x = _mm512_min_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
-  x = _mm512_min_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
-  x = _mm512_min_ps(x, _mm512_permute_ps(x, 0x4e));
-  return _mm512_cvtss_f32(_mm512_min_ps(x, _mm512_permute_ps(x, 0xb1)));
-}
-
-inline float most(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
-  x = _mm512_max_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
-  x = _mm512_max_ps(x, _mm512_permute_ps(x, 0x4e));
-  return _mm512_cvtss_f32(_mm512_max_ps(x, _mm512_permute_ps(x, 0xb1)));
-}
+#include "lanes_avx512.inc"
 
 void round16(const float* table, int64_t num_subspaces, int32_t top, uint8_t* out, float* base,
              float* delta) {
   float range = 0, total = 0;
   for (int64_t s = 0; s < num_subspaces; ++s) {
     const __m512 entries = _mm512_loadu_ps(table + s * kLanes);
-    const float low = least(entries), height = most(entries) - low;
+    const float low = lane_min(entries), height = lane_max(entries) - low;
     range = height > range ? height : range;
     total += low;
     std::memcpy(out + s * kLanes, &low, sizeof(low));  // until the step is known
