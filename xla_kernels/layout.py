@@ -153,6 +153,8 @@ def pack_parts(
     for first in range(0, n, PART):
         end = min(first + PART, n)
         some = pack_codes(part(first, end), num_codewords=num_codewords, layout=layout)
+        if some.shape != (end - first, m):
+            raise ValueError(f"part must give codes [{end - first}, {m}], got {list(some.shape)}")
         data[first // size : -(-end // size)] = some.data
     return PackedCodes(jax.device_put(data), n, m, num_codewords, layout)
 

@@ -19,9 +19,9 @@ _NUMBERS = (
     "num_subspaces",
     "num_codewords",
     "layout",
-    "width",
     "k",
     "exact",
+    "width",
 )
 
 
@@ -46,8 +46,8 @@ def direct_adc_top_k(
     """Bind `adc_top_k` to its codes, once, as a function of NumPy queries.
 
     A call through `jax.jit` costs about ten microseconds whatever it computes, as much as a scan of
-    40,000 rows. Calls of this function run on the calling thread alone, without the interpreter
-    lock, so threads of a server may share it.
+    40,000 rows of 50 codes. Calls of this function run on the calling thread alone, without the
+    interpreter lock, so threads of a server may share it.
 
     Args:
       codes: `PackedCodes`, or ``uint8[n, m]`` where codewords are given; concrete.
@@ -82,11 +82,15 @@ def direct_adc_top_k(
         raise TypeError("direct_adc_top_k needs concrete arrays; inside jit call adc_top_k instead")
     if not isinstance(codes, PackedCodes):
         codes = jnp.asarray(codes)
+    # Copies of what the caller may write to later.
+    codewords, gain, offset, valid = (
+        None if x is None else jnp.asarray(x) for x in (codewords, gain, offset, valid)
+    )
     if codewords is not None:
         num_codewords, width = _words(codewords)
         shape: tuple[int, ...] = (codes.shape[-1] * width if codes.shape else 0,)
     elif isinstance(codes, PackedCodes):
-        num_codewords, width = codes.num_codewords, 0
+        num_codewords, width = codes.num_codewords, -1
         shape = (codes.num_subspaces, num_codewords)
     else:
         raise ValueError("codes must be packed, by pack_codes, or codewords must be given")
@@ -121,7 +125,7 @@ def direct_adc_top_k(
         return plain
 
     packed = cpu.packed_codes(codes, num_codewords)
-    # Views where they can be; they live as long as the function.
+    # Views of device arrays; they live as long as the function.
     held = {
         "codes": np.ascontiguousarray(np.asarray(packed.data)),
         "codewords": _held(codewords, np.float32, (0, 2, 1)),
@@ -176,11 +180,10 @@ def _require_whole(packed: PackedCodes) -> None:
         )
 
 
-def _words(codewords: Any) -> tuple[int, int]:
-    shape = np.shape(codewords)
-    if len(shape) != 3:
-        raise ValueError(f"codewords must be float[m, k, s], got shape {list(shape)}")
-    return shape[1], shape[2]
+def _words(codewords: jax.Array) -> tuple[int, int]:
+    if codewords.ndim != 3:
+        raise ValueError(f"codewords must be float[m, k, s], got shape {list(codewords.shape)}")
+    return codewords.shape[1], codewords.shape[2]
 
 
 def _devices(leaf: Any) -> Any:
@@ -188,7 +191,7 @@ def _devices(leaf: Any) -> Any:
 
 
 def _held(value: Any, kind: Any, axes: tuple[int, ...] | None = None) -> np.ndarray | None:
-    if value is None or np.size(value) == 0:
+    if value is None or value.size == 0:
         return None
     value = np.asarray(value, kind)
     return np.ascontiguousarray(value if axes is None else value.transpose(axes))

@@ -12,16 +12,17 @@ extern "C" {
 
 // Mirrored by xla_kernels/adc/direct.py: only pointers and 64-bit integers.
 struct XlaKernelsAdcTopK {
-  const float* codewords;  // [num_subspaces, width, num_codewords], or null: tables are given
+  const float* codewords;  // [num_subspaces, width, num_codewords]
   const uint8_t* codes;
   const float* gain;
   const float* offset;
   const uint8_t* valid;
-  int64_t num_rows, num_subspaces, num_codewords, layout, width, k, exact;
+  int64_t num_rows, num_subspaces, num_codewords, layout, k, exact;
+  int64_t width;  // -1: tables are given, and no codewords
 };
 
 // Finds the best rows on the calling thread; results holds the scores [num_queries, k] and after them
-// the rows. queries: [num_queries, num_subspaces * width] where there are codewords, else the tables.
+// the rows. queries: [num_queries, num_subspaces * width], or the tables where width is -1.
 // The caller has checked shapes once for all calls.
 __attribute__((visibility("default"))) void xla_kernels_adc_top_k_direct(
     const XlaKernelsAdcTopK* bound, const float* queries, int64_t num_queries, float* results) {
@@ -29,11 +30,7 @@ __attribute__((visibility("default"))) void xla_kernels_adc_top_k_direct(
   constexpr int64_t kTogether = 256;
   TopKArguments a;
   a.num_codewords = bound->num_codewords;
-  a.codes.data = bound->codes;
-  a.codes.layout = static_cast<Layout>(bound->layout);
-  a.codes.num_rows = bound->num_rows;
-  a.codes.num_subspaces = bound->num_subspaces;
-  a.codes.groups = groups_of(a.codes.layout, bound->num_subspaces);
+  a.codes = view_of(bound->codes, bound->layout, bound->num_rows, bound->num_subspaces);
   a.terms.gain = bound->gain;
   a.terms.offset = bound->offset;
   a.valid = bound->valid;
@@ -43,7 +40,7 @@ __attribute__((visibility("default"))) void xla_kernels_adc_top_k_direct(
   Pool none;
   const int64_t m = bound->num_subspaces, width = bound->width;
   const int64_t entries = m * bound->num_codewords;
-  const bool factored = bound->codewords != nullptr;
+  const bool factored = width >= 0;
   std::vector<float> tables(static_cast<size_t>(factored ? std::min(kTogether, num_queries) * entries : 0));
   for (int64_t first = 0; first < num_queries; first += kTogether) {
     a.num_queries = std::min(kTogether, num_queries - first);

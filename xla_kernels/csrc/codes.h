@@ -27,6 +27,17 @@ inline int64_t groups_of(Layout layout, int64_t num_subspaces) {
   return layout == Layout::kBytes ? num_subspaces : (num_subspaces + 3) / 4;
 }
 
+// Packed codes in memory whose size the caller has checked.
+inline Codes view_of(const uint8_t* data, int64_t layout, int64_t num_rows, int64_t num_subspaces) {
+  Codes codes;
+  codes.data = data;
+  codes.layout = static_cast<Layout>(layout);
+  codes.num_rows = num_rows;
+  codes.num_subspaces = num_subspaces;
+  codes.groups = groups_of(codes.layout, num_subspaces);
+  return codes;
+}
+
 // Calls visit(subspace, code) for the codes of one row, in the order of the subspaces.
 template <typename Visit>
 inline void visit_row(const Codes& codes, int64_t row, Visit&& visit) {

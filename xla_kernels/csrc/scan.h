@@ -81,8 +81,8 @@ struct Kernels {
   // The steps of round_table() for 16 codewords a subspace, a stride of 16 bytes; null: not here.
   void (*measure16)(const float* table, int64_t num_subspaces, float* lows,
                     TableMeasures* out) = nullptr;
-  void (*round16)(const float* table, int64_t num_subspaces, const float* lows, float scale,
-                  int32_t top, uint8_t* out, TableLosses* losses) = nullptr;
+  void (*round_down16)(const float* table, int64_t num_subspaces, const float* lows, float scale,
+                       int32_t top, uint8_t* out, TableLosses* losses) = nullptr;
 };
 
 // exact_rows addresses 32-bit words by signed 32-bit indices.

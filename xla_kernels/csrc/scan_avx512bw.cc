@@ -162,7 +162,7 @@ int64_t count(const int32_t* keys, int64_t size, int32_t pivot) {
 TARGET_END
 
 const Kernels kKernels = {"avx512bw", expanded_bytes, expand, scan, count, nullptr, nullptr, nullptr, nullptr,
-                          nullptr, measure16_avx512, round16_avx512};
+                          nullptr, measure16_avx512, round_down16_avx512};
 
 }  // namespace
 

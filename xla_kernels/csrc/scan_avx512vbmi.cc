@@ -838,7 +838,7 @@ TARGET_END
 const Kernels kKernels = {"avx512vbmi", expanded_bytes,   expand, scan,
                           count,        exact_scores,     exact_rows,
                           maxima,       flag,             flag_rows,
-                          measure16_avx512, round16_avx512};
+                          measure16_avx512, round_down16_avx512};
 
 }  // namespace
 

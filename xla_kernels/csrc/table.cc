@@ -106,7 +106,7 @@ TableBounds round_table(const float* table, Layout layout, int64_t num_subspaces
   const float scale = 1.0f / bounds.delta;
   TableLosses losses;
   if (sixteen) {
-    kernels.round16(table, num_subspaces, lows, scale, top, out, &losses);
+    kernels.round_down16(table, num_subspaces, lows, scale, top, out, &losses);
   } else {
     round_entries(table, num_subspaces, num_codewords, stride, lows, scale, top, out, &losses);
   }

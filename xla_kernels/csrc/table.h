@@ -56,10 +56,10 @@ struct TableLosses {
 TableBounds round_table(const float* table, Layout layout, int64_t num_subspaces,
                         int64_t num_codewords, const Kernels& kernels, uint8_t* out);
 
-// Kernels::measure16 and round16 with AVX-512 (not in other builds).
+// Kernels::measure16 and round_down16 with AVX-512 (not in other builds).
 void measure16_avx512(const float* table, int64_t num_subspaces, float* lows, TableMeasures* out);
-void round16_avx512(const float* table, int64_t num_subspaces, const float* lows, float scale,
-                    int32_t top, uint8_t* out, TableLosses* losses);
+void round_down16_avx512(const float* table, int64_t num_subspaces, const float* lows, float scale,
+                          int32_t top, uint8_t* out, TableLosses* losses);
 
 inline int64_t rounded_table_bytes(Layout layout, int64_t num_subspaces, int64_t num_codewords) {
   const int64_t per_group = layout == Layout::kBytes ? 1 : 4;

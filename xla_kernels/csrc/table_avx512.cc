@@ -35,8 +35,8 @@ void measure16_avx512(const float* table, int64_t num_subspaces, float* lows, Ta
   *out = measures;
 }
 
-void round16_avx512(const float* table, int64_t num_subspaces, const float* lows, float scale,
-                    int32_t top, uint8_t* out, TableLosses* losses) {
+void round_down16_avx512(const float* table, int64_t num_subspaces, const float* lows, float scale,
+                          int32_t top, uint8_t* out, TableLosses* losses) {
   for (int64_t s = 0; s < num_subspaces; ++s) {
     const __m512 above = _mm512_sub_ps(_mm512_loadu_ps(table + 16 * s), _mm512_set1_ps(lows[s]));
     const __m512 x = _mm512_mul_ps(above, _mm512_set1_ps(scale));

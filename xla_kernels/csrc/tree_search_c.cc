@@ -68,11 +68,7 @@ __attribute__((visibility("default"))) int xla_kernels_tree_search_direct(
   a.codewords = tree->codewords;
   a.width = tree->width;
   a.num_codewords = tree->num_codewords;
-  a.codes.data = tree->codes;
-  a.codes.layout = static_cast<Layout>(tree->layout);
-  a.codes.num_rows = tree->num_slots;
-  a.codes.num_subspaces = tree->num_subspaces;
-  a.codes.groups = groups_of(a.codes.layout, tree->num_subspaces);
+  a.codes = view_of(tree->codes, tree->layout, tree->num_slots, tree->num_subspaces);
   a.slot_offset = tree->slot_offset;
   a.slot_level = tree->slot_level;
   a.levels = tree->levels;
